@@ -1,0 +1,128 @@
+"""The public operations. Each chooses an implementation by device, shape and length; `reference.py` is what each of them means.
+
+Shared conventions: tokens of several sequences are packed along the first axis, cu_seqlens int32 [n + 1] bounds them; caches are pages
+[pages, page, ...] addressed by block_table int32 [n, max_pages]; lse is the natural log-sum-exp over S_t (no sink), -inf where S_t is
+empty; selection None means every s <= t.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.kernels import torch_attention, torch_indexer, torch_logprobs
+from winnow.kernels.selection import Selection, exact_topk
+
+
+def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """q [T, H_I, D_I], k [S, D_I], w [T, H_I] -> fp32 [T, S]: sum over heads, in head order, of w * relu(q . k). No mask."""
+    return torch_indexer.logits(q, k, w)
+
+
+def topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:
+    """Exact top-k of scores fp32 [rows, S] among s < lengths[row]: lowest index wins ties, -0 == +0, NaN raises ValueError."""
+    return exact_topk(scores, lengths, k)
+
+
+def select_packed(
+    q: Tensor | None,
+    k: Tensor | None,
+    w: Tensor | None,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    top_k: int,
+    selector: str = "indexer",
+) -> Selection:
+    """Causal top-k inside each packed sequence; rows at t < top_k get the identity 0..t.
+
+    q [T, H_I, D_I], k [T, D_I], w [T, H_I] (all None for the floors); positions int64 [T], 0.. in every sequence; selector
+    "indexer", or a floor: "random" (a fixed hash of the two positions) or "recent" (the last top_k).
+    """
+    return torch_indexer.packed_selection(q, k, w, cu_seqlens, positions, top_k, selector)
+
+
+def select_prefill(
+    q: Tensor | None, index_cache: Tensor | None, w: Tensor | None, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor,
+    seq_lens: Tensor, top_k: int, selector: str = "indexer",
+) -> Selection:  # fmt: skip
+    """As `select_packed`, for packed queries at the end of paged contexts of seq_lens int32 [n] tokens (these included)."""
+    return torch_indexer.paged_selection(
+        q, index_cache, w, cu_seqlens, positions, block_table, seq_lens, top_k, selector
+    )
+
+
+def select_paged(
+    q: Tensor | None, index_cache: Tensor | None, w: Tensor | None, block_table: Tensor, seq_lens: Tensor, top_k: int,
+    selector: str = "indexer",
+) -> Selection:  # fmt: skip
+    """Decode: q [B, H_I, D_I], w [B, H_I], one query per sequence at position seq_len - 1; index_cache [pages, page, D_I]."""
+    return torch_indexer.decode_selection(q, index_cache, w, block_table, seq_lens, top_k, selector)
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, selection: Selection | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Packed causal attention over S_t, differentiable in q [T, H, D], k and v [T, Hkv, D] -> out [T, H, D], lse [T, H].
+
+    lse carries no gradient. Queries with an empty set give 0. No [L, L] tensor is kept for the backward.
+    """
+    return torch_attention.packed_attention(q, k, v, cu_seqlens, selection, scale)
+
+
+def sparse_prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, block_table: Tensor, seq_lens: Tensor,
+    selection: Selection | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Packed queries at the end of their paged contexts (already written, these tokens included). Inference only."""
+    return torch_attention.paged_context_attention(
+        q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale
+    )
+
+
+def sparse_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    selection: Selection | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, D], one query per sequence at seq_len - 1; caches [pages, page, Hkv, D]; only selected slots are read."""
+    return torch_attention.decode_attention(q, k_cache, v_cache, block_table, seq_lens, selection, scale)
+
+
+def indexer_kl(
+    q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
+    scale: float,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Sum over rows of KL(p || softmax(I)) over S_t and the number of rows; differentiable in q, k, w only.
+
+    q [T, H_I, D_I], k [T, D_I], w [T, H_I]; attn_q [T, H, D], attn_k [T, Hkv, D] and lse [T, H] (over the same S_t) are detached.
+    """
+    return torch_indexer.kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, kept: Any | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and the entropy of its distribution, fp32 [T] both, differentiable in hidden and weight.
+
+    hidden [T, C]; weight [V, C]; targets int64 [T]; temperature > 0, one number or fp32 [T]; kept: an object with `indptr` [T + 1]
+    and `token_ids` (or `ids`): the action set of each token, an empty row meaning the whole vocabulary. Raises ValueError when a
+    target lies outside its set.
+    """
+    temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(targets))
+    if len(targets) and not bool((temperatures > 0).all()):
+        raise ValueError(
+            f"temperature is {temperature}, but log-probabilities need one > 0 (greedy samples are scored at 1)"
+        )
+    sets = None
+    if kept is not None:
+        ids = kept.token_ids if hasattr(kept, "token_ids") else kept.ids
+        sets = (torch.as_tensor(kept.indptr), torch.as_tensor(ids))
+        if len(sets[0]) != len(targets) + 1:
+            raise ValueError(f"kept sets cover {len(sets[0]) - 1} tokens, but {len(targets)} are scored")
+    return torch_logprobs.logprobs(hidden, weight, targets, temperatures, sets)

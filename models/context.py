@@ -1,0 +1,148 @@
+"""What a forward pass is for: the one thing in which learner and engine differ.
+
+    train     packed sequences, whole contexts, autograd
+    prefill   packed chunks at the end of their contexts; writes K, V and indexer keys to the cache
+    decode    one token per sequence; writes them too
+
+`hidden_states` hands the context down through the model's keyword arguments, so a layer recomputed in the backward (activation
+checkpointing) sees it as well. `forward_context` is for code that calls a model directly: leave it open around the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.kernels import ops
+from winnow.kernels.selection import Selection
+
+MODES = ("train", "prefill", "decode")
+SELECTORS = ("indexer", "random", "recent", "dense")
+
+
+@dataclass
+class LayerInputs:
+    """What an observer sees of one layer's attention. All of it detached.
+
+    hidden [T, C] and cos, sin [T, rope dims] feed the indexer; q [T, H, D], k [T, Hkv, D] and lse [T, H] (over S_t) make its target.
+    """
+
+    layer: int
+    indexer: Any
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    cu_seqlens: Tensor
+    selection: Selection | None
+    scale: float
+
+
+@dataclass
+class IndexerLoss:
+    """Accumulates KL(attention || indexer) per layer over one forward pass. A recomputed layer is not counted twice.
+
+    kl: layer -> summed KL, an fp32 scalar with gradient; rows: rows counted, the same in every layer.
+    """
+
+    kl: dict[int, Tensor] = field(default_factory=dict)
+    rows: int = 0
+
+    def observe(self, inputs: LayerInputs, projected: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        """Score one layer; `projected` holds the indexer's q, k, w when the selection has computed them already."""
+        x = inputs
+        q, k, w = projected if projected is not None else x.indexer(x.hidden, x.cos, x.sin)
+        kl, rows = ops.indexer_kl(q, k, w, x.q, x.k, x.lse, x.cu_seqlens, x.selection, x.scale)
+        if x.layer not in self.kl:
+            self.kl[x.layer] = kl
+            self.rows = rows
+
+    def sum(self) -> Tensor:
+        """KL summed over layers and rows: divide by a global count of rows times layers."""
+        if not self.kl:
+            raise ValueError("no indexer loss was recorded: is the model converted, and was the context in train mode?")
+        return torch.stack(list(self.kl.values())).sum()
+
+    def total(self) -> Tensor:
+        """Mean KL over layers and rows, carrying gradient."""
+        return self.sum() / max(1, self.rows * len(self.kl))
+
+    def per_layer(self) -> dict[int, float]:
+        return {layer: float(kl.detach()) / max(1, self.rows) for layer, kl in sorted(self.kl.items())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardContext:
+    """positions int64 [tokens]: logical positions; cu_seqlens int32 [n + 1]: bounds of the query tokens; seq_lens int32 [n]: contexts,
+    these tokens included; block_table int32 [n, max_pages] and slot_mapping int64 [tokens] (physical slots of these tokens) with a
+    cache that has .k[layer], .v[layer] [pages, page, Hkv, D] and .index[layer] [pages, page, D_I].
+
+    selection_in replays given sets, and the indexer does not run; selection_out is filled per layer; observer (indexer_loss) sees every
+    converted layer in train mode; force_sparse runs the sparse path also where every set is the identity (tests).
+    """
+
+    mode: str
+    positions: Tensor
+    cu_seqlens: Tensor
+    seq_lens: Tensor
+    block_table: Any = None  # Tensors in prefill and decode, checked on construction
+    slot_mapping: Any = None
+    cache: Any = None
+    selector: str = "indexer"
+    selection_in: Mapping[int, Selection] | None = None
+    selection_out: dict[int, Selection] | None = None
+    indexer_loss: IndexerLoss | None = None
+    force_sparse: bool = False
+    max_seq_len: int = field(init=False)
+    fresh: bool = field(init=False)  # prefill without an earlier context: K and V need not be read back
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"forward mode {self.mode!r} is none of {MODES}")
+        if self.selector not in SELECTORS:
+            raise ValueError(f"selector {self.selector!r} is none of {SELECTORS}")
+        if self.mode != "train":
+            missing = [name for name in ("block_table", "slot_mapping", "cache") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"a {self.mode} context needs {', '.join(missing)}")
+        queries = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        object.__setattr__(self, "max_seq_len", int(self.seq_lens.max()) if len(self.seq_lens) else 0)
+        object.__setattr__(self, "fresh", bool((queries.to(self.seq_lens.device) == self.seq_lens).all()))
+        if self.mode == "train" and not self.fresh:
+            raise ValueError("a train context holds whole sequences: seq_lens must equal the lengths in cu_seqlens")
+
+
+def train_context(lengths: list[int], device: torch.device | str = "cpu", **options: Any) -> ForwardContext:
+    """The train context of packed sequences of these lengths."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    positions = (
+        torch.cat([torch.arange(n) for n in lengths]).to(device) if lengths else torch.empty(0, dtype=torch.int64)
+    )
+    return ForwardContext(mode="train", positions=positions, cu_seqlens=bounds, seq_lens=bounds.diff(), **options)
+
+
+_stack: list[ForwardContext] = []
+
+
+@contextmanager
+def forward_context(ctx: ForwardContext) -> Iterator[ForwardContext]:
+    _stack.append(ctx)
+    try:
+        yield ctx
+    finally:
+        _stack.pop()
+
+
+def current_context() -> ForwardContext:
+    if not _stack:
+        raise RuntimeError(
+            "no forward context is open: call models.forward.hidden_states, or open forward_context(ctx)"
+        )
+    return _stack[-1]

@@ -1,0 +1,115 @@
+"""The lightning indexer (DeepSeek-V3.2, arXiv 2512.02556) as a module beside `self_attn`.
+
+    q = RoPE(W_q x) [T, H_I, D_I]     k = RoPE(LayerNorm(W_k x)) [T, D_I]     w = W_w x * H_I^-1/2 * D_I^-1/2 [T, H_I]
+
+One key per token serves every index head. RoPE turns the first `rope_dim` dims with the model's own angles. Always fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROPE_LAYOUTS = ("half", "interleaved")
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """Shape of the indexers of a model; kept in its config.json under "winnow"."""
+
+    top_k: int
+    num_heads: int = 4
+    head_dim: int = 32
+    rope_dim: int = 16
+    rope_layout: str = "half"
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "num_heads", "head_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"indexer.{name} is {getattr(self, name)!r}, but it must be an integer >= 1")
+        if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
+            raise ValueError(
+                f"indexer.rope_dim is {self.rope_dim}, but it must be even and within 0..head_dim={self.head_dim}"
+            )
+        if self.rope_layout not in ROPE_LAYOUTS:
+            raise ValueError(f"indexer.rope_layout is {self.rope_layout!r}, but it must be one of {ROPE_LAYOUTS}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> IndexerConfig:
+        known = {f.name for f in fields(cls)}
+        strange = sorted(set(values) - known)
+        if strange or "top_k" not in values:
+            raise ValueError(
+                f"the winnow section of config.json has {sorted(values)}; known keys are {sorted(known)}, top_k is required"
+            )
+        return cls(**values)
+
+
+def rope_angles(cos: Tensor, sin: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
+    """The model's cos and sin [T, D] (both halves alike) -> [T, rope_dim / 2]: every (D / rope_dim)-th angle.
+
+    That is RoPE of width rope_dim with the same base and scaling.
+    """
+    stride = cos.shape[-1] // rope_dim
+    half = cos.shape[-1] // 2
+    return cos[..., :half:stride].float(), sin[..., :half:stride].float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Turn the first 2 * cos.shape[-1] dims of x [..., D_I]; cos and sin broadcast against x[..., : rope_dim / 2]."""
+    width = 2 * cos.shape[-1]
+    head, rest = x[..., :width], x[..., width:]
+    if layout == "half":
+        a, b = head.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:
+        a, b = head[..., 0::2], head[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    return torch.cat((turned, rest), dim=-1)
+
+
+class Indexer(nn.Module):
+    """`calls` counts how often queries were scored, so that a test can see that short contexts and replay leave the indexer alone."""
+
+    def __init__(self, hidden_size: int, config: IndexerConfig):
+        super().__init__()
+        self.config = config
+        self.calls = 0
+        self.wq = nn.Linear(hidden_size, config.num_heads * config.head_dim, bias=False, dtype=torch.float32)
+        self.wk = nn.Linear(hidden_size, config.head_dim, bias=False, dtype=torch.float32)
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps, dtype=torch.float32)
+        self.ww = nn.Linear(hidden_size, config.num_heads, bias=False, dtype=torch.float32)
+
+    def keys(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """hidden [T, C] -> [T, D_I]."""
+        k = self.k_norm(self.wk(hidden.float()))
+        return self._rotate(k, cos, sin)
+
+    def queries(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, C] -> q [T, H_I, D_I], w [T, H_I]."""
+        self.calls += 1
+        hidden = hidden.float()
+        q = self.wq(hidden).view(-1, self.config.num_heads, self.config.head_dim)
+        w = self.ww(hidden) * (self.config.num_heads * self.config.head_dim) ** -0.5
+        return self._rotate(q, cos, sin), w
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [T, C] (detached by the caller), cos and sin [T, D] of the model -> q [T, H_I, D_I], k [T, D_I], w [T, H_I]."""
+        q, w = self.queries(hidden, cos, sin)
+        return q, self.keys(hidden, cos, sin), w
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.config.rope_dim == 0:
+            return x
+        cos, sin = rope_angles(cos, sin, self.config.rope_dim)
+        if x.ndim == 3:
+            cos, sin = cos[:, None], sin[:, None]
+        return rotate(x, cos, sin, self.config.rope_layout)
