@@ -1,0 +1,105 @@
+"""The paged cache of keys, values and indexer keys.
+
+One pool of pages for all sequences. A page belongs to every sequence that counts a reference to it: the samples of one prompt share
+the pages that the prompt fills, and copy the one it fills in part. Page numbers are the same in every layer, so one block table serves
+K, V and indexer keys. Nothing here knows about policies: the engine clears everything when the weights change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class OutOfPagesError(RuntimeError):
+    """No free page is left: the engine answers by preempting a sequence, a user never sees it."""
+
+
+class PagedCache:
+    """`.k[layer]`, `.v[layer]` [pages, page, Hkv, D]; `.index[layer]` [pages, page, D_I], empty when the model has no indexer.
+
+    Each of the three is a view of one tensor with a leading layer dimension, so that copying a page is one operation.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        index_dim: int = 0,
+        dtype: torch.dtype = torch.float32,
+        index_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in {"num_pages": num_pages, "page_size": page_size}.items():
+            if value < 1:
+                raise ValueError(f"rollout.{name} is {value}, but the cache needs at least one: set it >= 1")
+        self.page_size, self.num_pages, self.index_dim = page_size, num_pages, index_dim
+        kv_shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        # zeros, not empty: a padded gather multiplies what it reads by an attention weight of 0, and 0 * NaN is NaN
+        self._k = torch.zeros(kv_shape, dtype=dtype, device=device)
+        self._v = torch.zeros(kv_shape, dtype=dtype, device=device)
+        self._index = torch.zeros((num_layers, num_pages, page_size, index_dim), dtype=index_dtype, device=device)
+        self.k: list[Tensor] = list(self._k.unbind(0))
+        self.v: list[Tensor] = list(self._v.unbind(0))
+        self.index: list[Tensor] = list(self._index.unbind(0)) if index_dim else []
+        self._references = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # popped from the end: low pages first
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._k, self._v, self._index))
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def check_fits(self, num_tokens: int, what: str) -> None:
+        """ValueError when a sequence of `num_tokens` could not be held even alone."""
+        needed = self.pages_for(num_tokens)
+        if needed > self.num_pages:
+            raise ValueError(
+                f"{what} may grow to {num_tokens} tokens, which takes {needed} cache pages of {self.page_size} tokens, but there are "
+                f"{self.num_pages}: set rollout.num_pages >= {needed}, or lower max_tokens or max_total_tokens"
+            )
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` fresh pages, each with one reference. Raises OutOfPagesError, taking nothing, when there are not so many."""
+        if count > len(self._free):
+            raise OutOfPagesError(f"{count} pages wanted, {len(self._free)} of {self.num_pages} free")
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """One more reference to each page."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is free and cannot be shared"
+            self._references[page] += 1
+        return list(pages)
+
+    def free(self, pages: Sequence[int]) -> None:
+        """One reference fewer to each page; a page that nobody holds returns to the pool."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} freed twice"
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """The contents of `sources` into `targets`, page by page, in every layer."""
+        if not sources:
+            return
+        source = torch.tensor(list(sources), device=self._k.device)
+        target = torch.tensor(list(targets), device=self._k.device)
+        for store in (self._k, self._v, self._index):
+            store[:, target] = store[:, source]

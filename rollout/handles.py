@@ -1,0 +1,76 @@
+"""What the pool keeps about its workers, its requests and the calls they belong to."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from winnow.rollout.schema import Group, Request
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolLimits:
+    """How long and how often, before something counts as broken."""
+
+    request_timeout_s: float = 600.0  # since a worker got the request or last delivered anything
+    start_timeout_s: float = 300.0  # process, imports and model
+    load_timeout_s: float = 120.0  # one weight update
+    max_attempts: int = 3  # times a request may fail or be lost before its error is raised
+    max_restarts: int = 3  # starts in a row of one worker that may fail
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One `generate`: results arrive in `outbox`, an exception ends it."""
+
+    outbox: queue.SimpleQueue[Group | Exception] = field(default_factory=queue.SimpleQueue)
+    open: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    request: Request
+    call: Call
+    attempts: int = 0
+    sent: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    number: int
+    actor: Any = None
+    state: str = "starting"  # starting | loading | ready | failed
+    since: float = 0.0
+    awaited: Any = None  # what the state waits for
+    loading: int = -1  # the version being loaded
+    version: int = -1
+    jobs: dict[Any, Job] = field(default_factory=dict)  # by result reference
+    progress: float = 0.0  # when it last delivered
+    failures: int = 0  # failed starts in a row
+    where: str = "not up yet"
+
+    @property
+    def load(self) -> int:
+        return sum(job.request.num_samples for job in self.jobs.values())
+
+    def __str__(self) -> str:
+        return f"rollout worker {self.number} ({self.where})"
+
+
+def options_of(options: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """Ray would set OMP_NUM_THREADS to 1, and torch would compute on one core whatever is asked of it later."""
+    merged = {"num_cpus": threads, "max_restarts": 0, **options}
+    environment = dict(merged.get("runtime_env") or {})
+    environment["env_vars"] = {"OMP_NUM_THREADS": str(threads), **environment.get("env_vars", {})}
+    return {**merged, "runtime_env": environment}
+
+
+def cause_of(error: Exception) -> str:
+    """The lines of Ray's report that say why, on one line."""
+    cause = getattr(error, "cause", None)
+    lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()]
+    if len(lines) > 12:  # a traceback: its end says what happened
+        lines = lines[:2] + lines[-4:]
+    return " | ".join(lines)[:1500]

@@ -1,0 +1,67 @@
+"""The pool's interface without Ray: one engine in this process. For tests, small evaluations and `winnow generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from winnow.rollout.schema import Group, Request
+from winnow.rollout.weights import WeightUpdate
+from winnow.rollout.worker import WorkerSpec, build_runner, load_update
+
+
+class LocalPool:
+    """Same methods as `pool.Pool`. Nothing runs between two calls of the iterator that `generate` returns."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        self.runner = build_runner(spec)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Group]:
+        """Each request's group once, as it finishes. A request that cannot be run raises, and cancels the others."""
+        added: set[str] = set()
+        try:
+            for request in requests:
+                self.runner.add(request)
+                added.add(request.request_id)
+        except BaseException:
+            for request_id in added:
+                self.runner.cancel(request_id)
+            raise
+        return self._drain(added)
+
+    def _drain(self, missing: set[str]) -> Iterator[Group]:
+        try:
+            while missing:
+                for request_id, result in self.runner.step():
+                    missing.discard(request_id)
+                    if isinstance(result, Exception):
+                        raise result
+                    yield result
+        finally:
+            for request_id in missing:
+                self.runner.cancel(request_id)
+
+    def push_weights(self, update: WeightUpdate, version: int | None = None) -> dict[int, int]:
+        """Replaces the weights; {worker 0: version}. WeightError names a bad tensor and leaves the old weights."""
+        return {0: load_update(self.runner.engine, update)}
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
+        return [self.runner.engine.score(tokens, temperature) for tokens in sequences]
+
+    def stats(self) -> dict[int, dict[str, Any]]:
+        engine = self.runner.engine
+        return {0: {**engine.counters, "preemptions": engine.scheduler.preemptions, "version": engine.version}}
+
+    def shutdown(self) -> None:
+        self.runner.cancel_all()
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()

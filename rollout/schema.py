@@ -1,0 +1,266 @@
+"""The contract between processes: frozen data types and the protocols Reward, Environment and Generate.
+
+    Task -> Trajectory -> Group -> TrainBatch -> LossInputs -> LossOutput -> StepReport
+
+Everything that crosses a process boundary is one of these (the last four live in `rl/batching.py` and `rl/losses.py`). Arrays are
+numpy: they travel through Ray's object store without a copy. Lengths are checked on construction, so that a wrong one fails where it
+was made. Log-probabilities never share a name: `rollout_logprobs` (behaviour, from the engine), `old_logprobs` (the learner before this
+batch's updates), `logprobs` (the learner now), `ref_logprobs`, `teacher_logprobs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
+FINISH_REASONS = (
+    "stop",
+    "length",
+    "done",
+    "abort",
+)  # end token or stop text | token budget | environment said done | cancelled
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One problem: what the model is shown and what its reward needs to know.
+
+    `answer` is the gold answer where there is one; `metadata` holds whatever the domain's reward or environment reads (JSON values
+    only); `reward` and `environment` are names in `winnow.rewards.registry`.
+    """
+
+    id: str
+    domain: str
+    messages: tuple[Message, ...]
+    reward: str
+    answer: str | None = None
+    environment: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise ValueError(f"task {self.id!r} has no messages: a task needs at least one, e.g. a user message")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy. Filters apply in the order top_k, top_p, min_p; 0, 1 and 0 switch them off."""
+
+    max_tokens: int  # new tokens per turn
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": (self.max_tokens >= 1, ">= 1"),
+            "temperature": (self.temperature >= 0, ">= 0"),
+            "top_k": (self.top_k >= 0, ">= 0 (0 switches it off)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1] (1 switches it off)"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1) (0 switches it off)"),
+        }
+        for name, (fine, rule) in checks.items():
+            if not fine:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)!r}, but it must be {rule}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"sampling.stop is {self.stop!r}, but it must be a tuple of non-empty strings")
+
+    @property
+    def filters(self) -> bool:
+        """Whether the kept set of a token can be smaller than the vocabulary."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A task to be sampled `num_samples` times. Delivered exactly once, whole, under `request_id`."""
+
+    request_id: str
+    task: Task
+    num_samples: int
+    sampling: Sampling
+    max_turns: int = 1
+    max_total_tokens: int | None = None  # prompt + every turn; None: the engine's context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptSets:
+    """The action set of each generated token, where the sampler cut the vocabulary. CSR over the trajectory's tokens.
+
+    indptr int64 [tokens + 1]; token_ids int32 [indptr[-1]]. An empty row means the whole vocabulary was kept.
+    """
+
+    indptr: np.ndarray
+    token_ids: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.indptr[0] != 0 or self.indptr[-1] != len(self.token_ids):
+            raise ValueError(
+                f"kept sets: indptr ends at {self.indptr[-1]} but there are {len(self.token_ids)} token ids"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexRecord:
+    """The index sets that the rollout attended to: what `indexer.selection: replay` feeds to the learner.
+
+    indices: uint16 or int32 [layers, rows, k]: logical positions, ascending; the tail of a short row is padded with the dtype's
+    maximum. Row i belongs to the query at position `first + i`; every query before `first` sees at most k positions, so its set is
+    the identity and is not stored. `layers[i]` names the model layer of slab i. The last token of a trajectory was never a query and
+    has no row.
+    """
+
+    first: int
+    k: int
+    layers: tuple[int, ...]
+    indices: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 3 or self.indices.shape[0] != len(self.layers) or self.indices.shape[2] != self.k:
+            raise ValueError(
+                f"index record: indices are {self.indices.shape}, want [{len(self.layers)} layers, rows, k={self.k}]"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return self.indices.nbytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trajectory:
+    """One sample of a task, from its first prompt token to its last generated one, over every turn. Tokens in, tokens out.
+
+    tokens int32 [tokens]; loss_mask bool [tokens], True on generated tokens (never on prompt or observation tokens);
+    rollout_logprobs fp32 [tokens], natural log, of tokens[t] given tokens[<t] under the distribution it was drawn from (temperature
+    and filters applied), 0 where the mask is False; policy_versions int32 [tokens], the weights that drew the token, -1 elsewhere.
+    """
+
+    request_id: str
+    sample: int
+    task_id: str
+    domain: str
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    policy_versions: np.ndarray
+    finish_reason: str
+    messages: tuple[Message, ...]
+    turns: int = 1
+    temperature: float = 1.0
+    kept_sets: KeptSets | None = None
+    index_record: IndexRecord | None = None
+    environment_state: Mapping[str, Any] = field(default_factory=dict)  # what the environment leaves for the reward
+
+    def __post_init__(self) -> None:
+        for name in ("loss_mask", "rollout_logprobs", "policy_versions"):
+            if len(getattr(self, name)) != len(self.tokens):
+                raise ValueError(
+                    f"trajectory {self.key}: {name} has {len(getattr(self, name))} entries for {len(self.tokens)} tokens"
+                )
+        if self.finish_reason not in FINISH_REASONS:
+            raise ValueError(f"trajectory {self.key}: finish_reason {self.finish_reason!r} is none of {FINISH_REASONS}")
+        if self.kept_sets is not None and len(self.kept_sets.indptr) != len(self.tokens) + 1:
+            raise ValueError(
+                f"trajectory {self.key}: kept sets cover {len(self.kept_sets.indptr) - 1} of {len(self.tokens)} tokens"
+            )
+        record = self.index_record
+        if record is not None and record.indices.shape[1] != max(0, len(self.tokens) - 1 - record.first):
+            raise ValueError(
+                f"trajectory {self.key}: the index record has {record.indices.shape[1]} rows from position {record.first}, "
+                f"want {max(0, len(self.tokens) - 1 - record.first)} for {len(self.tokens)} tokens"
+            )
+
+    @property
+    def key(self) -> str:
+        return f"{self.request_id}/{self.sample}"
+
+    @property
+    def reply(self) -> str:
+        """The text of the last assistant message."""
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "assistant"), "")
+
+    @property
+    def num_generated(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A reward: `value` and the named parts it was made of. Finite, checked on construction."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, number in {"value": self.value, **self.parts}.items():
+            if not np.isfinite(number):
+                raise ValueError(
+                    f"reward {name} is {number}: a score must be finite; return a Failure when there is no score"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why there is no score. Not a score of 0: the sample is dropped and counted under `kind`."""
+
+    kind: str  # e.g. "timeout", "error", "invalid"
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """A request's samples with their scores, in sample order."""
+
+    request: Request
+    trajectories: tuple[Trajectory, ...]
+    scores: tuple[Score | Failure, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.scores and len(self.scores) != len(self.trajectories):
+            raise ValueError(
+                f"group {self.request.request_id}: {len(self.scores)} scores for {len(self.trajectories)} trajectories"
+            )
+        strangers = [t.key for t in self.trajectories if t.request_id != self.request.request_id]
+        if strangers:
+            raise ValueError(f"group {self.request.request_id} holds trajectories of other requests: {strangers}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """An environment's answer to one reply: messages to append, and whether the episode is over."""
+
+    messages: tuple[Message, ...] = ()
+    done: bool = False
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One episode's world. A fresh one is made for every sample; `state` is what the reward sees at the end (JSON values)."""
+
+    def reset(self, task: Task) -> tuple[Message, ...]:
+        """Messages to append to the task's own before the first turn (often none)."""
+
+    def step(self, reply: str) -> Step:
+        """What the world answers to the model's reply."""
+
+    def state(self) -> Mapping[str, Any]:
+        """The final state, copied into `Trajectory.environment_state`."""
+
+
+class Reward(Protocol):
+    """Grades one trajectory. Raising is a Failure of kind "error", never a score of 0."""
+
+    def __call__(self, task: Task, trajectory: Trajectory) -> Score | Failure: ...
+
+
+class Generate(Protocol):
+    """Samples requests; yields each exactly once, as it finishes, in no particular order. Scores are empty."""
+
+    def __call__(self, requests: Sequence[Request]) -> Iterator[Group]: ...

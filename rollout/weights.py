@@ -1,0 +1,143 @@
+"""Policy weights on the wire: flat byte buckets, one checksum a tensor, a version.
+
+    learner: pack(state dict) -> WeightUpdate -> object store (buckets travel without a copy) -> engine: unpack -> Engine.load_weights
+
+A tensor that is stored once under two names (a tied embedding) travels once, under its first name. Everything is checked before
+anything is written: a corrupt, unknown, missing or misshapen tensor is refused by name and the engine keeps its weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_ALIGN = 16  # bytes: a view of any dtype can start at every offset
+
+
+class WeightError(ValueError):
+    """A weight update that must not be used; the message names the tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `nbytes` bytes at `offset` of bucket number `bucket`; `crc` is the CRC-32 of those bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # a torch dtype's name, e.g. "float32"
+    bucket: int
+    offset: int
+    nbytes: int
+    crc: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightUpdate:
+    """All tensors of one policy version. buckets: uint8 arrays, contiguous."""
+
+    version: int
+    entries: tuple[TensorEntry, ...]
+    buckets: tuple[np.ndarray, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(bucket.nbytes for bucket in self.buckets)
+
+
+def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without second names: of those with the same storage, offset and shape the first is kept."""
+    first: dict[tuple, str] = {}
+    kept = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        if tensor.numel() == 0 or first.setdefault(place, name) == name:
+            kept[name] = tensor
+    return kept
+
+
+def pack(tensors: Mapping[str, Tensor], version: int, bucket_bytes: int = 1 << 28) -> WeightUpdate:
+    """Copies `tensors` (any device, any dtype) into buckets of about `bucket_bytes`; a larger tensor gets a bucket of its own."""
+    plan: list[list[tuple[str, Tensor, int]]] = [[]]
+    sizes = [0]
+    for name, tensor in untied(tensors).items():
+        if sizes[-1] and sizes[-1] + tensor.nbytes > bucket_bytes:
+            plan.append([])
+            sizes.append(0)
+        plan[-1].append((name, tensor, sizes[-1]))
+        sizes[-1] += -(-tensor.nbytes // _ALIGN) * _ALIGN
+    entries, buckets = [], []
+    for number, (members, size) in enumerate(zip(plan, sizes, strict=True)):
+        bucket = np.zeros(size, dtype=np.uint8)
+        for name, tensor, offset in members:
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            view = bucket[offset : offset + tensor.nbytes]
+            if flat.numel():
+                view[:] = flat.view(torch.uint8).numpy()
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            crc = zlib.crc32(view.data)
+            entry = TensorEntry(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=dtype,
+                bucket=number,
+                offset=offset,
+                nbytes=tensor.nbytes,
+                crc=crc,
+            )
+            entries.append(entry)
+        buckets.append(bucket)
+    return WeightUpdate(version=version, entries=tuple(entries), buckets=tuple(buckets))
+
+
+def unpack(update: WeightUpdate, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs, views of the buckets: read them, do not write. WeightError names a tensor whose bytes changed on the way."""
+    for entry in update.entries:
+        if entry.bucket >= len(update.buckets) or entry.offset + entry.nbytes > update.buckets[entry.bucket].nbytes:
+            raise WeightError(f"weights of version {update.version}: tensor {entry.name!r} lies outside what arrived")
+        view = update.buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes]
+        if verify and (crc := zlib.crc32(view.data)) != entry.crc:
+            raise WeightError(
+                f"weights of version {update.version}: tensor {entry.name!r} arrived with checksum {crc:08x}, sent with "
+                f"{entry.crc:08x}; it was damaged on the way and nothing of this update is used: send it again"
+            )
+        dtype = getattr(torch, entry.dtype)
+        if not entry.nbytes:
+            yield entry.name, torch.empty(entry.shape, dtype=dtype)
+            continue
+        with warnings.catch_warnings():  # arrays from the object store are read-only, which torch warns about
+            warnings.simplefilter("ignore")
+            yield entry.name, torch.frombuffer(view, dtype=dtype).reshape(entry.shape)
+
+
+def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], version: int) -> None:
+    """Overwrites every weight of `model` in place. Casts dtypes. WeightError, before anything is written, unless names and shapes match.
+
+    A tied tensor of the model may arrive under any of its names, and under all of them.
+    """
+    targets = model.state_dict()
+    unknown = [name for name in tensors if name not in targets]
+    if unknown:
+        raise WeightError(
+            f"weights of version {version}: the model has no tensor {unknown[0]!r} ({len(unknown)} unknown in all)"
+        )
+    covered = {targets[name].data_ptr() for name in tensors}
+    missing = [name for name, target in targets.items() if name not in tensors and target.data_ptr() not in covered]
+    if missing:
+        raise WeightError(
+            f"weights of version {version}: no tensor for {missing[0]!r} arrived ({len(missing)} missing in all)"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != targets[name].shape:
+            raise WeightError(
+                f"weights of version {version}: tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"the model wants {tuple(targets[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)

@@ -1,0 +1,163 @@
+"""One engine and the thread that drives it: the body of a Ray actor, and what LocalPool holds in-process.
+
+Calls arrive on any thread and are run by the engine's thread between two steps, in order of arrival. So requests that arrive while
+others run join their batch, and new weights take effect at a token boundary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from winnow.rollout.engine import Engine, EngineConfig
+from winnow.rollout.episode import EnvironmentFactory, EpisodeRunner
+from winnow.rollout.schema import Group, Request
+from winnow.rollout.template import ChatTemplate
+from winnow.rollout.weights import WeightUpdate, unpack
+
+
+def code_version() -> str:
+    """The installed distribution's version; "source" in a source tree that was never installed."""
+    try:
+        return metadata.version("winnow-rl")
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """What a worker is built from. model: a folder or a model spec of `models.load`; environments: picklable, name -> Environment."""
+
+    model: str
+    dtype: str = "float32"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    threads: int = 1
+    device: str = "cpu"
+    environments: EnvironmentFactory | None = None
+
+
+def build_runner(spec: WorkerSpec) -> EpisodeRunner:
+    """Loads the model and tokenizer and puts an engine around them."""
+    from winnow.models.load import load, load_tokenizer
+
+    model, tokenizer = load(spec.model, spec.dtype, spec.device), load_tokenizer(spec.model)
+    template = ChatTemplate(tokenizer)
+    return EpisodeRunner(Engine(model, tokenizer, spec.engine, template.end_ids), template, spec.environments)
+
+
+def load_update(engine: Engine, update: WeightUpdate) -> int:
+    """Verifies every tensor, then overwrites the engine's weights. Returns the version now in use; WeightError names a bad tensor."""
+    engine.load_weights(unpack(update), update.version)
+    return engine.version
+
+
+class RolloutWorker:
+    """All methods but `__init__` are coroutines: a Ray actor runs any number of them at once."""
+
+    def __init__(self, spec: WorkerSpec, number: int, driver_version: str) -> None:
+        import torch
+
+        mine = code_version()
+        if mine != driver_version:
+            raise RuntimeError(
+                f"rollout worker {number} runs winnow {mine}, the driver {driver_version}: install the same version on every node, "
+                "or submit with the built wheel"
+            )
+        self.number, self.threads = number, spec.threads
+        torch.set_num_threads(spec.threads)
+        self.runner = build_runner(spec)
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
+        self._results: dict[str, Future] = {}
+        threading.Thread(target=self._drive, name="winnow-engine", daemon=True).start()
+
+    async def ping(self) -> dict[str, Any]:
+        """Who this is. Answers while the engine works."""
+        return {
+            "worker": self.number,
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "version": self.runner.engine.version,
+        }
+
+    async def generate(self, requests: Sequence[Request]) -> list[Group]:
+        """Samples the requests together with whatever else is running here; all groups, in the order of the requests."""
+        futures = [self._submit(request) for request in requests]
+        return [await asyncio.wrap_future(future) for future in futures]
+
+    async def cancel(self, request_ids: Sequence[str]) -> None:
+        """Drops requests; their `generate` calls raise."""
+        await self._call(lambda: self._cancel(request_ids))
+
+    async def load_weights(self, update: WeightUpdate) -> int:
+        """The version in use afterwards."""
+        return await self._call(lambda: load_update(self.runner.engine, update))
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
+        """The engine's own log-probabilities of given tokens: the rollout side of a parity check."""
+        return await self._call(lambda: [self.runner.engine.score(tokens, temperature) for tokens in sequences])
+
+    async def stats(self) -> dict[str, int]:
+        engine = self.runner.engine
+        return {**engine.counters, "preemptions": engine.scheduler.preemptions, "version": engine.version}
+
+    def _call(self, function: Callable[[], Any]) -> asyncio.Future:
+        future: Future = Future()
+        self._inbox.put((function, future))
+        return asyncio.wrap_future(future)
+
+    def _submit(self, request: Request) -> Future:
+        result: Future = Future()
+
+        def start() -> None:
+            self.runner.add(request)
+            self._results[request.request_id] = result
+
+        admitted: Future = Future()
+        admitted.add_done_callback(lambda f: _resolve(result, f.exception()) if f.exception() else None)
+        self._inbox.put((start, admitted))
+        return result
+
+    def _cancel(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.runner.cancel(request_id)
+            if (future := self._results.pop(request_id, None)) is not None:
+                _resolve(future, RuntimeError(f"request {request_id!r} was cancelled"))
+
+    def _drive(self) -> None:
+        """The engine's thread: calls first, then one step, for as long as the process lives."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        while True:
+            while not (self._inbox.empty() and self.runner.has_work):
+                function, future = self._inbox.get()
+                try:
+                    outcome = function()
+                except Exception as error:
+                    outcome = error
+                _resolve(future, outcome)
+            try:
+                finished = self.runner.step()
+            except Exception as error:  # the engine itself failed: nothing that runs can be trusted to go on
+                finished = [(request_id, error) for request_id in self._results]
+                self.runner.cancel_all()
+            for request_id, result in finished:
+                _resolve(self._results.pop(request_id), result)
+
+
+def _resolve(future: Future, outcome: Any) -> None:
+    if not future.set_running_or_notify_cancel():
+        return  # whoever waited has gone
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -1,0 +1,310 @@
+"""Ray workers that die, hang and refuse; and the same requests without Ray."""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import Fuse
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from winnow.models.attach import attach
+from winnow.models.indexer import IndexerConfig
+from winnow.models.load import load, save
+from winnow.rollout.engine import EngineConfig
+from winnow.rollout.local_pool import LocalPool
+from winnow.rollout.pool import Pool, PoolLimits
+from winnow.rollout.schema import Group, Request, Sampling, Task
+from winnow.rollout.weights import WeightError, pack
+from winnow.rollout.worker import RolloutWorker, WorkerSpec
+
+ROOT = Path(__file__).parent.parent
+PATHS = os.pathsep.join([str(ROOT / ".types"), os.environ.get("PYTHONPATH", "")])
+OPTIONS = {"runtime_env": {"env_vars": {"PYTHONPATH": PATHS}}}
+TEMPLATE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    letters = {text: i for i, text in enumerate(["<|end|>", "<|unk|>", *(chr(i) for i in range(97, 123)), " "])}
+    inner = Tokenizer(models.WordLevel(letters, unk_token="<|unk|>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Split("", "isolated"), Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", unk_token="<|unk|>")
+    tokenizer.chat_template = TEMPLATE
+    shape = LlamaConfig(
+        vocab_size=29, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, initializer_range=0.2, eos_token_id=0, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = attach(LlamaForCausalLM(shape), IndexerConfig(top_k=8, num_heads=2, head_dim=16, rope_dim=8))
+    return str(save(model, tokenizer, tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(num_cpus=4, include_dashboard=False, address="local", logging_level=logging.ERROR, log_to_driver=False)
+        yield ray
+        ray.shutdown()
+
+
+def spec_of(folder):
+    return WorkerSpec(model=folder, engine=EngineConfig(page_size=8, num_pages=200, max_batch=8, record_indices=True))
+
+
+def request_of(name, text="hello there", samples=2, **sampling):
+    task = Task(id=name, domain="d", messages=({"role": "user", "content": text},), reward="r")
+    return Request(
+        request_id=name, task=task, num_samples=samples, sampling=Sampling(**{"max_tokens": 12, "seed": 2, **sampling})
+    )
+
+
+def fake_worker_class():
+    """A local class: it travels by value, so that its workers need not import this file, nor torch, and start fast."""
+
+    class FakeWorker:
+        """Answers without a model; the text of a request says how: fine, slow, suicide:FILE (once), always-dies, wrong, broken."""
+
+        def __init__(self, spec, number, driver_version):
+            if spec.model == "broken":
+                raise ValueError("no such model")
+            self.number, self.version = number, 0
+
+        async def ping(self):
+            return {"worker": self.number, "pid": os.getpid(), "host": "here", "version": self.version}
+
+        async def generate(self, requests):
+            groups = []
+            for request in requests:
+                word, _, rest = request.task.messages[0]["content"].partition(":")
+                if word == "slow":
+                    await asyncio.sleep(float(rest))
+                elif word == "suicide" and not os.path.exists(rest):
+                    open(rest, "w").close()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif word == "freeze" and not os.path.exists(rest):
+                    open(rest, "w").close()
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif word == "always-dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif word == "wrong":
+                    raise ValueError(f"request {request.request_id!r} is wrong")
+                elif word == "broken":
+                    raise KeyError("broken")
+                groups.append(Group(request=request, trajectories=()))
+            return groups
+
+        async def cancel(self, request_ids):
+            pass
+
+        async def load_weights(self, update):
+            if update.version == 13:
+                raise ValueError("tensor 'x' is bad")
+            self.version = update.version
+            return self.version
+
+        async def stats(self):
+            return {"version": self.version}
+
+    return FakeWorker
+
+
+FAST = PoolLimits(request_timeout_s=3.0, start_timeout_s=60.0)
+
+
+def fake_pool(count, limits=FAST, model="fake", threads=1):
+    spec = SimpleNamespace(model=model, threads=threads, engine=SimpleNamespace(max_batch=4))
+    return Pool(spec, [OPTIONS] * count, limits=limits, worker_class=fake_worker_class())
+
+
+def push(pool, version):
+    import ray
+
+    return pool.push_weights(ray.put(SimpleNamespace(version=version)), version)
+
+
+def names(groups):
+    return sorted(group.request.request_id for group in groups)
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster):
+    with fake_pool(2) as built:
+        yield built
+
+
+@pytest.fixture(autouse=True)
+def settled(request):
+    """Each test starts with all workers of the shared pool up."""
+    if "pool" in request.fixturenames:
+        request.getfixturevalue("pool")._wait_ready()
+
+
+def test_each_request_is_delivered_once_although_a_worker_is_killed(pool, tmp_path, caplog):
+    texts = [f"slow:{0.02 * (i % 4)}" for i in range(20)]
+    texts[7] = f"suicide:{tmp_path}/once"
+    requests = [request_of(f"r{i}", text) for i, text in enumerate(texts)]
+    with caplog.at_level(logging.INFO, logger="winnow.rollout"):
+        got = names(pool.generate(requests))
+    assert got == sorted(r.request_id for r in requests)
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert (
+        len(lines) == 1 and "rollout worker" in lines[0] and "pid" in lines[0] and "died while generating" in lines[0]
+    )
+    assert "SIGKILL" in lines[0] or "killed" in lines[0].lower() or "unexpectedly" in lines[0]
+    pool._wait_ready()  # and it is replaced while nobody asks
+
+
+def test_a_replaced_worker_gets_the_current_weights(pool, tmp_path):
+    assert push(pool, 5) == {0: 5, 1: 5}
+    list(pool.generate([request_of("die", f"suicide:{tmp_path}/once")]))
+    pool._wait_ready()
+    assert {number: stats["version"] for number, stats in pool.stats().items()} == {0: 5, 1: 5}
+    with pytest.raises(ValueError, match=r"rollout worker \d .* refused the update: tensor 'x' is bad"):
+        push(pool, 13)
+    assert set(push(pool, 6).values()) == {6}
+
+
+def test_a_hung_worker_is_named_and_replaced(pool, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="winnow.rollout"):
+        got = names(
+            pool.generate(
+                [request_of("f", f"freeze:{tmp_path}/once"), request_of("g", "slow:0.1"), request_of("h", "fine")]
+            )
+        )
+    assert got == ["f", "g", "h"]
+    [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "did not answer while generating 'f'" in line and "for 3 s" in line
+    pid = int(line.split("pid ")[1].split()[0])
+    deadline = time.monotonic() + 20
+    while (
+        time.monotonic() < deadline
+        and (stat := Path(f"/proc/{pid}/stat")).exists()
+        and stat.read_text().split(") ")[1][0] != "Z"
+    ):
+        time.sleep(0.1)
+    assert time.monotonic() < deadline, "the stopped process is still there"
+    pool._wait_ready()
+
+
+def test_requests_that_cannot_succeed_raise_their_cause(pool):
+    with pytest.raises(ValueError, match="request 'w' is wrong"):
+        list(pool.generate([request_of("ok"), request_of("w", "wrong")]))
+    with pytest.raises(RuntimeError, match=r"'b' failed on rollout worker .*attempt 3 of 3: KeyError\('broken'\)"):
+        list(pool.generate([request_of("b", "broken")]))
+    with pytest.raises(ValueError, match="'x' is used more than once"):
+        pool.generate([request_of("x"), request_of("x")])
+    assert names(pool.generate([request_of("w"), request_of("b"), request_of("x")])) == [
+        "b",
+        "w",
+        "x",
+    ]  # the ids are free again
+    assert list(pool.generate([])) == []
+
+
+def test_calls_run_side_by_side_and_can_be_dropped(pool):
+    slow = pool.generate([request_of(f"s{i}", "slow:1") for i in range(12)])
+    quick = pool.generate([request_of("q", "fine")])
+    assert next(slow).request.request_id.startswith("s")
+    slow.close()
+    assert names(quick) == ["q"] and not pool._ids
+    assert names(pool.generate([request_of("s1")])) == ["s1"]
+
+
+def test_a_request_that_kills_every_worker_is_given_up(ray_cluster):
+    limits = PoolLimits(request_timeout_s=5.0, start_timeout_s=60.0, max_attempts=1)
+    with (
+        fake_pool(1, limits) as pool,
+        pytest.raises(RuntimeError, match=r"'k' was lost, attempt 1 of 1: .*rollout worker 0"),
+    ):
+        list(pool.generate([request_of("k", "always-dies")]))
+    with pytest.raises(RuntimeError, match="shut down"):
+        pool.generate([request_of("z")])
+
+
+def test_a_pool_that_cannot_start_says_why(ray_cluster):
+    with pytest.raises(RuntimeError, match=r"rollout worker 0 .*no such model"):
+        fake_pool(1, model="broken")
+    with pytest.raises(
+        TimeoutError, match=r"rollout worker 0 .* did not finish starting within 1 s; are there free CPUs"
+    ):
+        fake_pool(1, PoolLimits(start_timeout_s=1.0), threads=64)
+    with pytest.raises(ValueError, match=r"rollout\.workers is 0"):
+        fake_pool(0)
+
+
+def test_ray_and_local_agree_and_survive_a_kill(ray_cluster, folder):
+    requests = [request_of(f"r{i}", "abc " * (3 + i), samples=3) for i in range(6)]
+    local = LocalPool(spec_of(folder))
+    want = {group.request.request_id: group for group in local.generate(requests)}
+    other = load(folder)
+    with torch.no_grad():
+        for tensor in other.parameters():
+            tensor.mul_(1.1)
+    update = pack(other.state_dict(), 3)
+    with Pool(spec_of(folder), [OPTIONS] * 2, timeout_s=60, limits=PoolLimits(start_timeout_s=90)) as pool:
+        got = {}
+        for group in pool.generate(requests):
+            assert group.request.request_id not in got
+            got[group.request.request_id] = group
+            if len(got) == 1:
+                os.kill(int(pool.describe()[1].split("pid ")[1].split()[0]), signal.SIGKILL)
+        same(want, got)
+        assert set(pool.push_weights(update).values()) == {3} and local.push_weights(update) == {0: 3}
+        want = {group.request.request_id: group for group in local.generate(requests)}
+        got = {group.request.request_id: group for group in pool.generate(requests)}
+        same(want, got)
+        assert {int(v) for g in got.values() for t in g.trajectories for v in t.policy_versions} == {-1, 3}
+        sample = got["r0"].trajectories[0]
+        scored = pool.score([sample.tokens.tolist()])[0]
+        np.testing.assert_allclose(scored[sample.loss_mask], sample.rollout_logprobs[sample.loss_mask], atol=1e-4)
+        update.buckets[0][3] ^= 1
+        with pytest.raises(
+            WeightError, match=r"refused the update: .*'model\.embed_tokens\.weight' arrived with checksum"
+        ):
+            pool.push_weights(update)
+
+
+def same(want, got):
+    assert want.keys() == got.keys()
+    for name, group in want.items():
+        for left, right in zip(group.trajectories, got[name].trajectories, strict=True):
+            assert left.tokens.tolist() == right.tokens.tolist()
+            np.testing.assert_allclose(left.rollout_logprobs, right.rollout_logprobs, atol=1e-4)
+            np.testing.assert_array_equal(left.index_record.indices, right.index_record.indices)
+
+
+def test_a_worker_in_process(folder):
+    """Requests that arrive while others run join them, and a bad one fails alone."""
+    with pytest.raises(RuntimeError, match=r"runs winnow .*, the driver 0\.0\.wrong"):
+        RolloutWorker(spec_of(folder), 0, "0.0.wrong")
+    from winnow.rollout.worker import code_version
+
+    worker = RolloutWorker(spec_of(folder), 4, code_version())
+
+    async def everything():
+        first = asyncio.create_task(worker.generate([request_of("a", "x" * 40, max_tokens=60)]))
+        second = asyncio.create_task(worker.generate([request_of("b")]))
+        bad = await asyncio.gather(worker.generate([request_of("c", "x" * 400)]), return_exceptions=True)
+        dropped = asyncio.create_task(worker.generate([request_of("d", max_tokens=100)]))
+        await asyncio.sleep(0)  # so that it has been asked for
+        await worker.cancel(["d"])
+        lost = await asyncio.gather(dropped, return_exceptions=True)
+        return await first, await second, bad[0], lost[0], await worker.ping(), await worker.stats()
+
+    first, second, bad, lost, ping, stats = asyncio.run(everything())
+    assert names(first) == ["a"] and names(second) == ["b"] and ping["worker"] == 4
+    assert isinstance(bad, ValueError) and "the context is 128" in str(bad) and "cancelled" in str(lost)
+    assert stats["decode_tokens"] < 2 * 60 + 2 * 12 + 2 * 100

@@ -1,0 +1,73 @@
+"""Weight updates: everything arrives, and nothing damaged is used."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from winnow.rollout.weights import WeightError, copy_into, pack, unpack
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+TENSORS = {
+    "a": torch.arange(7, dtype=torch.float32),
+    "b": torch.randn(3, 5).to(torch.bfloat16),
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "empty": torch.empty(0, 2),
+    "turned": torch.randn(4, 6).T,
+    "whole": torch.arange(5),
+}
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 1 << 20])
+def test_round_trip(bucket_bytes):
+    update = pickle.loads(pickle.dumps(pack(TENSORS, 4, bucket_bytes), protocol=5))
+    assert update.version == 4 and len(update.buckets) == (1 if bucket_bytes > 100 else len(update.buckets))
+    for bucket in update.buckets:
+        bucket.flags.writeable = False  # as from the object store
+    arrived = dict(unpack(update))
+    assert list(arrived) == list(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert arrived[name].dtype == tensor.dtype and torch.equal(arrived[name], tensor), name
+
+
+def test_a_changed_byte_is_refused_by_name():
+    update = pack(TENSORS, 4)
+    entry = next(e for e in update.entries if e.name == "turned")
+    update.buckets[entry.bucket][entry.offset + 5] ^= 1
+    with pytest.raises(WeightError, match=r"version 4: tensor 'turned' arrived with checksum"):
+        dict(unpack(update))
+    cut = type(update)(version=4, entries=update.entries, buckets=(update.buckets[0][:40],))
+    with pytest.raises(WeightError, match="lies outside"):
+        dict(unpack(cut))
+
+
+def test_a_tied_tensor_travels_once_and_arrives_twice():
+    source, target = Tied(), Tied()
+    update = pack(source.state_dict(), 1)
+    assert [entry.name for entry in update.entries] == ["embed.weight", "norm.weight", "norm.bias"]
+    copy_into(target, dict(unpack(update)), 1)
+    assert torch.equal(target.head.weight, source.embed.weight)
+    other = {("head.weight" if n == "embed.weight" else n): t for n, t in unpack(pack(Tied().state_dict(), 2))}
+    copy_into(target, other, 2)  # under its other name
+    assert torch.equal(target.embed.weight, other["head.weight"])
+
+
+def test_dtypes_are_cast_and_alignment_holds():
+    target = Tied()
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in Tied().state_dict().items()}
+    copy_into(target, half, 1)
+    assert target.norm.weight.dtype == torch.float32
+    assert all(entry.offset % 16 == 0 for entry in pack(TENSORS, 0).entries)
+    assert pack(TENSORS, 0).nbytes == sum(b.nbytes for b in pack(TENSORS, 0).buckets)
+    assert isinstance(pack({}, 0).buckets[0], np.ndarray)
