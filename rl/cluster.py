@@ -1,0 +1,277 @@
+"""Ray behind a run: started or joined, one placement group, the learner's actor and the rollout pool in it, all gone at the end.
+
+    connect(config) ─> Cluster(learner, pool) ─ start(config, checkpoint) ─> both hold the same weights, version = step
+
+The driver calls `cluster.learner` and `cluster.pool` and cannot tell actors from objects in its own process (`Cluster` takes either).
+Every wait has a bound and names what it waited for; every actor checks that it runs the driver's version of the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from winnow.rl.checkpoints import Checkpoint
+from winnow.rl.config import Config
+from winnow.rl.run import code_version
+
+CLOSE_TIMEOUT_S = 30.0
+
+
+class LearnerLike(Protocol):
+    """What the driver needs of a learner: the class itself, or `RemoteLearner`."""
+
+    def load(self, path: str | Path | None = None, config: Config | None = None) -> dict[str, Any]: ...
+    def resume(self, folder: str | Path, config: Config | None = None) -> dict[str, Any]: ...
+    def step(self, batch: Any) -> Any: ...
+    def sft_step(self, examples: Sequence[Any], step: int = 0) -> Any: ...
+    def weights(self, version: int) -> Any: ...
+    def save(self, folder: str | Path, state: bool = True) -> None: ...
+
+
+class Cluster:
+    """A learner and a pool. Use as a context manager, or call `close`."""
+
+    def __init__(self, learner: LearnerLike, pool: Any, on_close: Callable[[], None] | None = None) -> None:
+        self.learner, self.pool, self._on_close = learner, pool, on_close
+
+    def start(self, config: Config, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+        """Loads model and optimizer for this config (or the checkpoint) and gives the pool the same weights."""
+        info = self.learner.resume(checkpoint.path, config) if checkpoint else self.learner.load(None, config)
+        version = checkpoint.step if checkpoint else 0
+        self.pool.push_weights(self.learner.weights(version), version)
+        return info
+
+    def close(self) -> None:
+        """Ends every process this cluster started. Safe to call twice."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            self.pool.shutdown()
+            on_close()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RemoteLearner:
+    """The learner's actor with bounded waits. Weights stay in the object store: `weights` returns a reference to them."""
+
+    def __init__(self, actor: Any, timeout_s: float) -> None:
+        self.actor, self.timeout_s = actor, timeout_s
+
+    def load(self, path: str | Path | None = None, config: Config | None = None) -> dict[str, Any]:
+        return self._get("load", None if path is None else str(path), config)
+
+    def resume(self, folder: str | Path, config: Config | None = None) -> dict[str, Any]:
+        return self._get("resume", str(Path(folder).resolve()), config)
+
+    def step(self, batch: Any) -> Any:
+        return self._get("step", batch)
+
+    def sft_step(self, examples: Sequence[Any], step: int = 0) -> Any:
+        return self._get("sft_step", examples, step)
+
+    def logprobs(self, trajectories: Sequence[Any], replay: bool = False) -> Any:
+        return self._get("logprobs", trajectories, replay)
+
+    def weights(self, version: int) -> Any:
+        return self._ready("weights", version)
+
+    def save(self, folder: str | Path, state: bool = True) -> None:
+        self._get("save", str(Path(folder).resolve()), state)
+
+    def _get(self, method: str, *arguments: Any) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return ray.get(self._ready(method, *arguments))
+        except RayActorError as error:
+            raise RuntimeError(f"the learner's process died during {method}: {error}") from None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def _ready(self, method: str, *arguments: Any) -> Any:
+        """A reference to the finished result. Raises TimeoutError after `timeout_s`."""
+        import ray
+
+        reference = getattr(self.actor, method).remote(*arguments)
+        done, _ = ray.wait([reference], timeout=self.timeout_s, fetch_local=False)
+        if not done:
+            raise TimeoutError(
+                f"learner.{method} has not returned for {self.timeout_s:.0f} s: raise cluster.step_timeout_s, or give the learner less "
+                "work (learner.micro_tokens, domains.*.quota)"
+            )
+        return reference
+
+
+def make_actor_class() -> type:
+    """The learner's class for an actor: it refuses to run another version of the code than the driver's."""
+    from winnow.rl.learner import Learner
+
+    class LearnerActor(Learner):
+        def __init__(self, config: Config, driver_version: str) -> None:
+            if code_version() != driver_version:
+                raise RuntimeError(
+                    f"the learner runs winnow {code_version()}, the driver {driver_version}: install the same version on every node, or "
+                    "submit with the built wheel"
+                )
+            super().__init__(config)
+
+    return LearnerActor
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[Cluster]:
+    """Starts or joins Ray, places the learner and the workers, and takes everything down again, also after a failure or Ctrl-C."""
+    with ray_session(config), placed(config) as groups:
+        cluster = build(config, *groups)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Ray for this process: started here, joined at cluster.address or RAY_ADDRESS, or the one already there, which is left running."""
+    # Otherwise ray.init() writes a token file into the home folder, and later `ray job submit` wants it.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, else it warns at every start
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or (None if config.cluster.address == "local" else config.cluster.address)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "winnow", "log_to_driver": False}
+    if address is None:
+        # Logical CPUs: a laptop with fewer cores than threads asked for runs too, only slower.
+        cpus = max(os.cpu_count() or 1, sum(bundle["CPU"] for bundle in bundles(config)))
+        options |= {"include_dashboard": False, "num_cpus": cpus, "address": "local"}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise ValueError(
+            f"there is no Ray cluster at {address!r} ({error}): start one with `ray start --head`, or set cluster.address=local"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def bundles(config: Config) -> list[dict[str, float]]:
+    """What the run asks of the cluster: the learner's bundle first, then one a worker."""
+    learner = {"CPU": float(config.learner.threads), "GPU": config.cluster.learner_gpus}
+    worker = {"CPU": float(config.rollout.threads), "GPU": config.cluster.worker_gpus}
+    return [
+        {name: amount for name, amount in bundle.items() if amount}
+        for bundle in (learner, *[worker] * config.rollout.workers)
+    ]
+
+
+@contextmanager
+def placed(config: Config) -> Iterator[tuple[Any, Any]]:
+    """Placement groups of the learner and of the workers, reserved.
+
+    Raises TimeoutError saying what was asked for and what there is.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    asked, limit = bundles(config), config.cluster.start_timeout_s
+    groups = (placement_group(asked[:1]), placement_group(asked[1:], strategy=config.cluster.strategy))
+    try:
+        if not all(group.wait(limit) for group in groups):
+            raise TimeoutError(
+                f"the cluster did not offer {asked} ({config.cluster.strategy}) within {limit:.0f} s; it has "
+                f"{_round(ray.cluster_resources())}, free are {_round(ray.available_resources())}: ask for less, or wait for others to end"
+            )
+        yield groups
+    finally:
+        with contextlib.suppress(Exception):  # Ray itself may be gone
+            for group in groups:
+                remove_placement_group(group)
+
+
+def build(config: Config, learner_group: Any, worker_group: Any) -> Cluster:
+    """The learner's actor and the pool, each in its placement group."""
+    import ray
+
+    threads, gpus = config.learner.threads, config.cluster.learner_gpus
+    actor_class: Any = ray.remote(make_actor_class())
+    actor = actor_class.options(
+        num_cpus=threads,
+        num_gpus=gpus,
+        scheduling_strategy=_inside(learner_group),
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},  # Ray sets it to 1 otherwise
+    ).remote(config, code_version())
+
+    def close() -> None:
+        with contextlib.suppress(Exception):  # the process may be gone already
+            ray.kill(actor)
+
+    try:
+        pool = make_pool(config, [_inside(worker_group, number) for number in range(config.rollout.workers)])
+    except BaseException:
+        close()
+        raise
+    return Cluster(RemoteLearner(actor, config.cluster.step_timeout_s), pool, close)
+
+
+def _inside(group: Any, bundle: int = 0) -> Any:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+
+
+def worker_spec(config: Config) -> Any:
+    """What the workers are built from."""
+    from winnow.rewards.registry import make_environment
+    from winnow.rollout.engine import EngineConfig
+    from winnow.rollout.worker import WorkerSpec
+
+    rollout = config.rollout
+    engine = EngineConfig(
+        page_size=rollout.page_size,
+        num_pages=rollout.num_pages,
+        max_batch=rollout.max_batch,
+        prefill_chunk=rollout.prefill_chunk,
+        record_indices=rollout.record_indices,
+        keep_kept_sets=config.algorithm.keep_kept_sets,
+        selector=config.indexer.selector,
+    )
+    return WorkerSpec(
+        model=config.model.path,
+        dtype=config.model.dtype,
+        engine=engine,
+        threads=rollout.threads,
+        device="cuda" if config.cluster.worker_gpus > 0 else "cpu",
+        environments=make_environment,
+    )
+
+
+def make_pool(config: Config, places: Sequence[Any]) -> Any:
+    """The rollout pool, an actor for each scheduling strategy of `places`. Returns once all of them are up."""
+    from winnow.rollout.pool import Pool, PoolLimits
+
+    limits = PoolLimits(
+        request_timeout_s=config.rollout.request_timeout_s, start_timeout_s=config.cluster.start_timeout_s
+    )
+    options = [{"num_gpus": config.cluster.worker_gpus, "scheduling_strategy": place} for place in places]
+    return Pool(worker_spec(config), options, limits=limits)
+
+
+def _round(resources: dict[str, float]) -> dict[str, float]:
+    return {name: round(amount, 2) for name, amount in sorted(resources.items()) if name in ("CPU", "GPU")}

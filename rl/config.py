@@ -1,0 +1,349 @@
+"""The configuration of a run: typed sections, one short YAML file, `key=value` overrides. Everything is checked before Ray starts.
+
+    YAML file (its `base:` files first) -> overrides -> keys checked -> types -> ranges (beside each field) -> combinations -> Config
+
+OmegaConf stays inside this module: everybody else sees plain frozen dataclasses. An override addresses a domain by its number or by its
+name: `domains.math.quota=8`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from winnow.rl.config_fields import ConfigError, check_keys, check_ranges, choice, number
+
+Section = TypeVar("Section")
+RECORDING_ENGINES = ("native",)  # engines that return index records
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str = ""  # a model folder, converted or dense
+    dtype: str = choice("float32", "float32", "bfloat16")
+    reference: str | None = (
+        "initial"  # whose log-probabilities `beta` pulls towards: "initial" (= path), a folder, or null
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainConfig:
+    name: str = ""
+    source: str = ""  # a procedural kind, a JSONL path, gsm8k or a hub dataset
+    path: str | None = None  # where the file of a named source lies
+    fields: dict[str, str] = field(default_factory=dict)  # prompt, answer, system, id -> the source's own names
+    reward: str | None = None  # a grader other than the source's own
+    level: int = number(1, low=0)
+    count: int = number(256, low=1)  # tasks to train on
+    holdout: int = number(64, low=0)  # tasks kept for evaluation
+    quota: int = number(8, low=1)  # prompts per step
+    weight: float = number(1.0, low=0, open_low=True)  # share of the gradient, relative to the other domains
+    beta: float = number(0.0, low=0)  # strength of the KL to the reference
+    max_tokens: int = number(64, low=1)  # per turn
+    max_turns: int = number(1, low=1)
+    length_penalty: float = number(0.0, low=0)  # weight of the soft overlong penalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    engine: str = choice("native", "native", "vllm")
+    workers: int = number(1, low=1)
+    threads: int = number(1, low=1)
+    samples: int = number(8, low=2)  # per prompt
+    temperature: float = number(1.0, low=0, open_low=True)
+    top_p: float = number(1.0, low=0, high=1, open_low=True)
+    top_k: int = number(0, low=0)
+    min_p: float = number(0.0, low=0, high=1, open_high=True)
+    page_size: int = number(16, low=1)
+    num_pages: int = number(2048, low=1)
+    max_batch: int = number(64, low=1)
+    prefill_chunk: int = number(512, low=1)
+    record_indices: bool = True  # carry the selected sets with every trajectory: for index/jaccard and for replay
+    request_timeout_s: float = number(600.0, low=0, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    lr: float = number(1e-5, low=0)
+    weight_decay: float = number(0.0, low=0)  # matrices only
+    betas: tuple[float, float] = number((0.9, 0.95), low=0, high=1, open_high=True)
+    warmup_steps: int = number(0, low=0)
+    max_grad_norm: float = number(1.0, low=0, open_low=True)
+    micro_tokens: int = number(4096, low=1)  # tokens of one packed micro-batch; a longer sequence gets one of its own
+    threads: int = number(1, low=1)
+    updates_per_batch: int = number(1, low=1)
+    checkpointing: bool = False  # recompute activations in the backward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    name: str = choice("grpo", "grpo", "gspo", "cispo")
+    eps_low: float = number(0.2, low=0, open_low=True)
+    eps_high: float = number(0.28, low=0, open_low=True)
+    advantage_scale: str = choice("none", "none", "std", "batch")  # divide by the group's std, or by the batch's (GDPO)
+    std_floor: float = number(1e-3, low=0, open_low=True)
+    aggregate: str = choice("sequence", "sequence", "token")
+    balance: str = choice(
+        "domains", "domains", "none"
+    )  # domains: each has its share of the gradient, however many samples survive
+    truncated: str = choice("mask", "mask", "keep")
+    correction: str = choice("none", "none", "tis", "icepop", "opsm")
+    opsm_delta: float = number(1e-2, low=0)
+    tis_cap: float = number(2.0, low=1)
+    keep_kept_sets: bool = True  # the learner scores each token on the set it was drawn from
+    recompute_old: bool = False  # old_logprobs from the learner instead of the rollout's own
+    max_mismatch: float = number(0.1, low=0, open_low=True)  # mismatch/k3_kl above this stops the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    train: str = choice("frozen", "frozen", "kl")
+    selection: str = choice("own", "own", "replay")
+    selector: str = choice(
+        "indexer", "indexer", "random", "recent", "dense"
+    )  # what selects, on both sides; all but the first: ablations
+    lr: float = number(1e-4, low=0)
+    min_overlap: float = number(0.0, low=0, high=1)  # index/jaccard below this stops the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    steps: int = number(20, low=1)
+    save_every: int = number(10, low=0)  # 0: only at the end
+    keep: int = number(2, low=1)  # checkpoints
+    eval_every: int = number(0, low=0)  # 0: never
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    limit: int = number(64, low=1)  # tasks per domain
+    samples: int = number(1, low=1)
+    temperature: float = number(0.0, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    address: str = (
+        "local"  # "local" starts Ray here; "auto" or host:port joins a cluster; RAY_ADDRESS wins over "local"
+    )
+    learner_gpus: float = number(0.0, low=0)
+    worker_gpus: float = number(0.0, low=0)
+    strategy: str = choice("PACK", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+    start_timeout_s: float = number(300.0, low=0, open_low=True)
+    step_timeout_s: float = number(3600.0, low=0, open_low=True)  # one call of the learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str = "run"
+    seed: int = number(0, low=0)
+    runs_dir: str = "runs"
+    resume: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    domains: list[DomainConfig] = field(default_factory=list)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    indexer: IndexerConfig = field(default_factory=IndexerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: runs_dir / name."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def reference_path(self) -> str | None:
+        """The folder of the reference model, or None when no domain asks for a KL to it."""
+        if all(domain.beta == 0 for domain in self.domains):
+            return None
+        return self.model.path if self.model.reference == "initial" else self.model.reference
+
+    @property
+    def prompts_per_step(self) -> int:
+        return sum(domain.quota for domain in self.domains)
+
+    @property
+    def uses_kept_sets(self) -> bool:
+        """Whether the sampler cuts the vocabulary and the learner scores on what was kept."""
+        sampling = self.rollout
+        return self.algorithm.keep_kept_sets and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file with `key=value` overrides. Raises ConfigError naming the file, the key and the remedy."""
+    return make_config(read_values(path), overrides)
+
+
+def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration made of a plain nested mapping and `key=value` overrides. Raises ConfigError."""
+    return check(typed(Config, values, overrides))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The plain nested mapping of a YAML file and of its `base:` files. Raises ConfigError."""
+    return _read(Path(path), ())
+
+
+def typed(kind: type[Section], values: Mapping[str, Any], overrides: Sequence[str] = (), prefix: str = "") -> Section:
+    """A configuration dataclass made of plain values and overrides, keys and types checked, ranges not yet. Raises ConfigError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        raw = OmegaConf.create(dict(values))
+        for override in overrides:
+            _override(raw, override)
+        plain = OmegaConf.to_container(raw, resolve=True)
+        check_keys(plain, kind, prefix)
+        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{prefix}{error.full_key or 'the configuration'} cannot be read: {error.msg or error}"
+        ) from None
+    assert isinstance(built, kind)
+    return built
+
+
+def check(config: Config) -> Config:
+    """Checks ranges and combinations of a built configuration and returns it. Raises ConfigError for the first fault."""
+    check_ranges(config)
+    _check_domains(config)
+    if not config.name or re.search(r"[/\\]|^\.", config.name):
+        raise ConfigError(
+            f"name is {config.name!r}, but it names a folder below runs_dir: set it to a plain word such as maths-1"
+        )
+    if not config.model.path:
+        raise ConfigError("model.path is empty: set it to a model folder, e.g. one made by `winnow convert`")
+    pulled = [domain.name for domain in config.domains if domain.beta > 0]
+    if pulled and not config.model.reference:
+        raise ConfigError(
+            f"domains {pulled} have beta > 0, which pulls towards a reference, but model.reference is empty: set model.reference to a "
+            "model folder or to 'initial' for the model the run starts from, or set beta to 0"
+        )
+    if config.indexer.selection == "replay":
+        if config.rollout.engine not in RECORDING_ENGINES:
+            raise ConfigError(
+                f"indexer.selection is replay, but rollout.engine {config.rollout.engine!r} does not record its index sets: "
+                f"set rollout.engine to one of {RECORDING_ENGINES} or indexer.selection to own"
+            )
+        if not config.rollout.record_indices:
+            raise ConfigError(
+                "indexer.selection is replay, but rollout.record_indices is false: set it to true, or selection to own"
+            )
+    if config.rollout.engine != "native":  # TODO: goes when the vLLM engine is in rollout/
+        raise ConfigError("rollout.engine vllm is not part of this version: set rollout.engine to native")
+    if config.indexer.train == "kl" and config.indexer.selector != "indexer":
+        raise ConfigError(
+            f"indexer.train is kl, but indexer.selector {config.indexer.selector!r} does not use the indexer: set train to frozen"
+        )
+    if config.algorithm.correction in ("tis", "icepop") and not config.algorithm.recompute_old:
+        raise ConfigError(
+            f"algorithm.correction is {config.algorithm.correction}, which weighs by old/rollout probabilities, but without "
+            "algorithm.recompute_old the two are the same numbers: set algorithm.recompute_old to true, or correction to none"
+        )
+    if config.learner.updates_per_batch > config.prompts_per_step:
+        raise ConfigError(
+            f"learner.updates_per_batch is {config.learner.updates_per_batch}, but a step has {config.prompts_per_step} prompts (the sum "
+            "of the domains' quotas) and an update needs at least one: lower it or raise a quota"
+        )
+    return config
+
+
+def _check_domains(config: Config) -> None:
+    if not config.domains:
+        raise ConfigError(
+            "domains is empty: a run needs at least one, e.g. domains: [{name: reasoning, source: lookup}]"
+        )
+    seen: set[str] = set()
+    for index, domain in enumerate(config.domains):
+        if not domain.name or not re.fullmatch(r"[\w-]+", domain.name) or domain.name.isdigit():
+            raise ConfigError(
+                f"domains.{index}.name is {domain.name!r}, but metrics are named after it: set it to a word such as math"
+            )
+        if domain.name in seen:
+            raise ConfigError(
+                f"domains.{index}.name {domain.name!r} is used twice: each domain needs a name of its own"
+            )
+        if not domain.source:
+            raise ConfigError(
+                f"domains.{index}.source is empty: set it to a procedural kind (e.g. lookup) or to a JSONL path"
+            )
+        if domain.quota > domain.count:
+            raise ConfigError(
+                f"domains.{index}.quota is {domain.quota}, but the domain has count = {domain.count} tasks and a step would repeat some: "
+                f"set quota <= {domain.count} or raise count"
+            )
+        seen.add(domain.name)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The configuration as plain nested dicts and lists, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML: `load_config` of it gives the same configuration."""
+    import yaml
+
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def config_hash(config: Any) -> str:
+    """12 hex digits that name the configuration; where a run is kept and whether it resumes do not count."""
+    values = {key: value for key, value in to_mapping(config).items() if key not in ("runs_dir", "resume", "cluster")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in a YAML file over the mappings of its `base:` file or files, which are found beside it."""
+    from omegaconf import OmegaConf
+
+    path = path.resolve()
+    if path in chain:
+        raise ConfigError(f"{path} includes itself: {' -> '.join(p.name for p in (*chain, path))}; remove one `base:`")
+    if not path.is_file():
+        raise ConfigError(
+            f"config file {path} does not exist" + (f" (named as `base:` in {chain[-1]})" if chain else "")
+        )
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml raises several unrelated classes
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, but a config file is a mapping of sections")
+    bases = values.pop("base", None) or []
+    merged: Any = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = OmegaConf.merge(merged, _read(path.parent / base, (*chain, path)))
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(merged, values)))
+
+
+def _override(raw: Any, override: str) -> None:
+    """Applies one `key=value` (the value is YAML) to an OmegaConf node, in place."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, e.g. learner.lr=1e-5")
+    parts = key.split(".")
+    if parts[0] == "domains" and len(parts) > 1 and not parts[1].isdigit():
+        names = [domain.get("name") for domain in raw.get("domains") or []]
+        if parts[1] not in names:
+            raise ConfigError(f"override {override!r}: no domain is called {parts[1]!r}; the config has {names}")
+        parts[1] = str(names.index(parts[1]))
+    if parts[0] == "domains" and len(parts) > 1 and int(parts[1]) >= len(raw.get("domains") or []):
+        raise ConfigError(f"override {override!r}: there are {len(raw.get('domains') or [])} domains, numbered from 0")
+    try:
+        OmegaConf.update(raw, ".".join(parts), yaml.safe_load(text), merge=True)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None

@@ -1,0 +1,343 @@
+"""The learner: one model, one optimizer, and a step from a TrainBatch. A plain class, used in-process and as a Ray actor's body.
+
+    TrainBatch -> each update: each micro-batch: forward (own or replayed index sets) -> log-probabilities at trained positions
+               -> loss + indexer KL -> backward;   then: checks -> clip -> AdamW   -> StepReport
+
+A step with a non-finite loss or gradient, or with a mismatch past its ceiling, is refused: that update leaves the weights as they
+were, the batch is saved below the run folder and `StepRefused` says where and why.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from winnow.kernels.selection import Selection
+from winnow.models import attach
+from winnow.models import load as model_folders
+from winnow.models.context import IndexerLoss
+from winnow.rl import scoring
+from winnow.rl.batching import MicroBatch, TrainBatch, Update, make_sft_batch, pack, trajectory_sequence
+from winnow.rl.config import Config
+from winnow.rl.losses import LossInputs, compute_loss
+from winnow.rl.metrics import Tally, mismatch_metrics
+from winnow.rl.optimizer import Optimizer, non_finite_gradients
+from winnow.rollout import weights
+from winnow.rollout.schema import Trajectory
+
+STATE_FILE = "learner.pt"
+
+
+class StepRefused(RuntimeError):
+    """A step that would have damaged the model. The message says what, where, and where the batch was saved."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What a step did. Metrics are named as in metrics.jsonl."""
+
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """Call `load` (or `resume`) first; `load` again, with another config if wanted, to reuse the process for another run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    # ------------------------------------------------------------------------------------------------------------- load and save
+
+    def load(self, path: str | Path | None = None, config: Config | None = None) -> dict[str, Any]:
+        """Loads the model at `path` (default: config.model.path) with a new optimizer, and the reference if a domain has beta > 0.
+
+        Returns {"parameters": count, "indexer_parameters": count, "top_k": k or None}. Raises ValueError for replay or indexer
+        training on a dense model.
+        """
+        self.config = config = config or self.config
+        path = str(path or config.model.path)
+        torch.set_num_threads(config.learner.threads)
+        torch.manual_seed(config.seed)
+        self.device = "cuda" if config.cluster.learner_gpus > 0 and torch.cuda.is_available() else "cpu"
+        model: Any = model_folders.load(path, dtype=config.model.dtype, device=self.device).train()
+        has_tokenizer = any(model_folders.resolve(path).glob("tokenizer*.json"))
+        self.tokenizer = model_folders.load_tokenizer(path) if has_tokenizer else None
+        if config.learner.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = model
+        shape = attach.indexer_config(self.model)
+        self.top_k = shape.top_k if shape else None
+        if self.top_k is None and (config.indexer.train == "kl" or config.indexer.selection == "replay"):
+            raise ValueError(
+                f"{path} is a dense model, but the config has indexer.train={config.indexer.train} and indexer.selection="
+                f"{config.indexer.selection}, which need an indexer: run `winnow convert` first, or set frozen and own"
+            )
+        base, indexer = attach.base_parameters(self.model).values(), attach.indexer_parameters(self.model).values()
+        self.optimizer = Optimizer(base, indexer, config.learner, config.indexer)
+        self.reference = None
+        if config.reference_path:
+            self.reference = model_folders.load(config.reference_path, dtype=config.model.dtype, device=self.device)
+            self.reference.requires_grad_(False)
+        counts = {"parameters": sum(p.numel() for p in base), "indexer_parameters": sum(p.numel() for p in indexer)}
+        return {**counts, "top_k": self.top_k}
+
+    def save(self, folder: str | Path, state: bool = True) -> None:
+        """Writes the model (a folder `from_pretrained` opens) and, with `state`, what an exact resume needs."""
+        folder = Path(folder)
+        model_folders.save(self.model, self.tokenizer, folder)
+        if state:
+            torch.save({"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}, folder / STATE_FILE)
+
+    def resume(self, folder: str | Path, config: Config | None = None) -> dict[str, Any]:
+        """Loads a checkpoint with its optimizer and random state: the next step is bit for bit that of the uninterrupted run."""
+        info = self.load(folder, config)
+        state = torch.load(Path(folder) / STATE_FILE, map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        return info
+
+    def weights(self, version: int) -> weights.WeightUpdate:
+        """Every weight of the model, with checksums, for the rollout's engines."""
+        return weights.pack(self.model.state_dict(), version)
+
+    # --------------------------------------------------------------------------------------------------------------------- train
+
+    def step(self, batch: TrainBatch) -> StepReport:
+        """Trains on one batch. Raises StepRefused, leaving the weights before the faulty update."""
+        tally, drift = Tally(), _Drift()
+        extra = drift.metrics()
+        old = self._old_logprobs(batch)
+        for number, update in enumerate(batch.updates):
+            self.optimizer.zero_grad()
+            finite = self._accumulate(batch, number, update, old, tally, drift)
+            if number == 0:
+                extra = drift.metrics()
+                self._check_parity(batch, {**_STILL, **tally.result(), **extra})
+            if finite and update.micro_batches:
+                extra |= self._apply(batch, number)
+        tally.sums = {
+            name: value / len(batch.updates) for name, value in tally.sums.items()
+        }  # losses: the mean over updates
+        metrics = {**_STILL, **tally.result(), **extra, "lr": self.optimizer.lr}
+        return StepReport(step=batch.step, metrics={**metrics, "tokens/trained": float(batch.num_trained_tokens)})
+
+    def sft_step(self, examples: Sequence[Any], step: int = 0) -> StepReport:
+        """One cross-entropy update on examples: (tokens, loss_mask) pairs, or objects with these two fields."""
+        pairs = [e if isinstance(e, tuple) else (e.tokens, e.loss_mask) for e in examples]
+        return self.step(make_sft_batch(pairs, step=step, micro_tokens=self.config.learner.micro_tokens))
+
+    @torch.no_grad()
+    def logprobs(self, trajectories: Sequence[Trajectory], replay: bool = False) -> list[np.ndarray]:
+        """fp32 [generated tokens] of each trajectory under the present weights, in order: for parity and forgetting measures."""
+        found: dict[str, np.ndarray] = {}
+        for micro in pack([trajectory_sequence(t) for t in trajectories], self.config.learner.micro_tokens):
+            sets = scoring.recorded_selections(micro, self.device) if replay else None
+            with scoring.scored(self.model, micro, replay=sets, selector=self._selector) as result:
+                values = result.logprobs.cpu().numpy()
+            found |= {key: values[micro.sequence_ids == number] for number, key in enumerate(micro.keys)}
+        return [found[trajectory.key] for trajectory in trajectories]
+
+    def _accumulate(
+        self, batch: TrainBatch, number: int, update: Update, old: Mapping[int, Tensor], tally: Tally, drift: _Drift
+    ) -> bool:
+        """Adds the gradients of every micro-batch of one update; True when there was anything to add."""
+        for index, micro in enumerate(update.micro_batches):
+            kl = IndexerLoss() if self.config.indexer.train == "kl" else None
+            recorded = self._recorded(micro)
+            replay = recorded if self.config.indexer.selection == "replay" else None
+            record = recorded is not None and replay is None
+            with scoring.scored(
+                self.model, micro, replay=replay, record=record, indexer_loss=kl, selector=self._selector
+            ) as result:
+                inputs = self._loss_inputs(micro, result, old.get(id(micro)))
+                output = compute_loss(inputs, self.config.algorithm, update.denominators)
+                loss = output.loss
+                if kl is not None and kl.kl:
+                    share = kl.sum() / (update.num_inputs * len(kl.kl))
+                    tally.sum("loss/indexer_kl", share.detach())
+                    loss = loss + share
+                if not torch.isfinite(loss):
+                    self._refuse(batch, f"the loss is {loss.item()}", number, index, micro, inputs.logprobs)
+                if loss.requires_grad:
+                    loss.backward()
+            tally.merge(output.metrics)
+            if number == 0 and update.denominators.sequences:
+                drift.add(inputs.logprobs.detach(), micro.rollout_logprobs)
+            if number == 0:
+                self._tally_index(micro, result.selections, recorded, replay is not None, tally)
+        return any(p.grad is not None for p in (*self.optimizer.base, *self.optimizer.indexer))
+
+    def _apply(self, batch: TrainBatch, number: int) -> dict[str, float]:
+        """Clips and steps, unless a gradient is not finite. Returns the norms."""
+        norms = {name: float(norm) for name, norm in self.optimizer.clip().items()}
+        if not all(np.isfinite(norm) for norm in norms.values()):
+            bad = non_finite_gradients(self.model.named_parameters())
+            self._refuse(
+                batch, f"the gradient is not finite (norms {norms}; first of {len(bad)} tensors: {bad[:1]})", number
+            )
+        self.optimizer.step()
+        return norms
+
+    def _loss_inputs(self, micro: MicroBatch, result: scoring.Scored, old: Tensor | None) -> LossInputs:
+        device = result.logprobs.device
+
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.as_tensor(values, device=device)
+
+        rollout = tensor(micro.rollout_logprobs)
+        if old is None:  # one update per batch: the policy before it is the present one
+            old = result.logprobs.detach() if self.config.algorithm.recompute_old else rollout
+        ref = None
+        if self.reference is not None and (micro.betas > 0).any():
+            with torch.no_grad(), scoring.scored(self.reference, micro, selector=self._selector) as frozen:
+                ref = frozen.logprobs
+        lengths = np.bincount(micro.sequence_ids, minlength=len(micro.keys)).astype(np.float32)
+        teacher = None if micro.teacher_logprobs is None else tensor(micro.teacher_logprobs)
+        return LossInputs(
+            logprobs=result.logprobs,
+            entropy=result.entropy,
+            old_logprobs=old,
+            rollout_logprobs=rollout,
+            ref_logprobs=ref,
+            sequence_ids=tensor(micro.sequence_ids),
+            lengths=tensor(lengths),
+            advantages=tensor(micro.advantages),
+            weights=tensor(micro.weights),
+            betas=tensor(micro.betas),
+            ce_weights=None if micro.ce_weights is None else tensor(micro.ce_weights),
+            teacher_logprobs=None if teacher is None else torch.nan_to_num(teacher),
+            teacher_weights=None if teacher is None else torch.isfinite(teacher).float(),
+        )
+
+    @torch.no_grad()
+    def _old_logprobs(self, batch: TrainBatch) -> dict[int, Tensor]:
+        """Log-probabilities before the first of several updates, by micro-batch. With one update the forward pass gives them."""
+        if not self.config.algorithm.recompute_old or len(batch.updates) < 2:
+            return {}
+        old = {}
+        for micro in (micro for update in batch.updates for micro in update.micro_batches):
+            replay = self._recorded(micro) if self.config.indexer.selection == "replay" else None
+            with scoring.scored(self.model, micro, replay=replay, selector=self._selector) as result:
+                old[id(micro)] = result.logprobs
+        return old
+
+    @property
+    def _selector(self) -> str:
+        return self.config.indexer.selector
+
+    # -------------------------------------------------------------------------------------------------------------------- checks
+
+    def _recorded(self, micro: MicroBatch) -> dict[int, Selection] | None:
+        """The rollout's sets: for replay, where no sequence past top_k may lack one, and to measure overlap. None: nothing recorded."""
+        if self.top_k is None or not micro.index_records:
+            return None
+        lengths = np.diff(micro.cu_seqlens)
+        bare = [
+            key
+            for key, record, n in zip(micro.keys, micro.index_records, lengths, strict=True)
+            if record is None and n > self.top_k
+        ]
+        if not bare:
+            return scoring.recorded_selections(micro, self.device)
+        if self.config.indexer.selection == "replay" and micro.ce_weights is None:
+            raise ValueError(
+                f"indexer.selection is replay, but trajectory {bare[0]} carries no index record: set rollout.record_indices to true"
+            )
+        return None
+
+    def _tally_index(
+        self,
+        micro: MicroBatch,
+        own: Mapping[int, Selection],
+        recorded: Mapping[int, Selection] | None,
+        replayed: bool,
+        tally: Tally,
+    ) -> None:
+        selected, sparse, rows = scoring.sparsity(micro, self.top_k)
+        tally.add("index/selected_share", selected, rows)
+        tally.add("index/sparse_rows", sparse, rows)
+        if recorded is None or self.top_k is None:
+            return
+        positions = torch.as_tensor(micro.positions, device=self.device)
+        pairs = recorded if replayed else own
+        for layer, (total, count) in scoring.overlap_by_layer(pairs, recorded, positions, self.top_k).items():
+            if count:
+                tally.add("index/jaccard", total, count)
+                tally.add(f"index/jaccard_layer/{layer}", total, count)
+
+    def _check_parity(self, batch: TrainBatch, metrics: Mapping[str, float]) -> None:
+        """Before the first update, rollout and learner must score alike and attend alike, within the configured bounds."""
+        ceiling, floor = self.config.algorithm.max_mismatch, self.config.indexer.min_overlap
+        if metrics["mismatch/k3_kl"] > ceiling:
+            self._refuse(
+                batch,
+                f"mismatch/k3_kl between rollout and learner is {metrics['mismatch/k3_kl']:.3g}, above algorithm.max_mismatch={ceiling}: "
+                "the two score the same tokens differently, so check that both have the same weights, kept sets and index sets",
+                0,
+            )
+        if metrics["index/jaccard"] < floor:
+            self._refuse(
+                batch,
+                f"index/jaccard is {metrics['index/jaccard']:.3f}, below indexer.min_overlap={floor}: learner and rollout attend to "
+                "different positions; set indexer.selection to replay, or lower min_overlap",
+                0,
+            )
+
+    def _refuse(
+        self,
+        batch: TrainBatch,
+        why: str,
+        update: int,
+        index: int | None = None,
+        micro: MicroBatch | None = None,
+        values: Tensor | None = None,
+    ) -> None:
+        """Drops the gradients, saves the batch and raises StepRefused."""
+        self.optimizer.zero_grad()
+        folder = self.config.folder / "refused"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{batch.step:06d}.pkl"
+        path.write_bytes(pickle.dumps(batch))
+        where = f"step {batch.step}, update {update + 1} of {len(batch.updates)}"
+        if micro is not None and values is not None:
+            bad = (~torch.isfinite(values.detach())).cpu().numpy()
+            keys = [micro.keys[i] for i in sorted(set(micro.sequence_ids[bad]))] or list(micro.keys)
+            where += (
+                f", micro-batch {(index or 0) + 1}, sequences {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+            )
+        raise StepRefused(f"{where}: {why}. The update was not made; the batch is in {path}")
+
+
+# What a step without anything to train reports, so that every line of metrics.jsonl has the same names.
+_STILL = {
+    "loss/policy": 0.0,
+    "clip_fraction": 0.0,
+    "entropy": 0.0,
+    "grad_norm": 0.0,
+    "index/jaccard": 1.0,
+    "index/selected_share": 1.0,
+    "index/sparse_rows": 0.0,
+}
+
+
+@dataclass
+class _Drift:
+    """The learner's and the rollout's log-probabilities of a step's first update, gathered over micro-batches."""
+
+    learner: list[np.ndarray] = field(default_factory=list)
+    rollout: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, learner: Tensor, rollout: np.ndarray) -> None:
+        self.learner.append(learner.float().cpu().numpy())
+        self.rollout.append(rollout)
+
+    def metrics(self) -> dict[str, float]:
+        empty = [np.zeros(0, np.float32)]
+        return mismatch_metrics(np.concatenate(self.learner or empty), np.concatenate(self.rollout or empty))

@@ -1,0 +1,114 @@
+"""Numbers of a step: sums that merge over micro-batches and ranks, and the metrics read off groups and log-probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from winnow.rollout.schema import Failure, Group, Score
+
+Number = float | int | torch.Tensor
+
+
+@dataclass
+class Tally:
+    """Means, sums and maxima that merge: name -> (total, count), name -> sum, name -> largest. Tensors stay put until `result`."""
+
+    totals: dict[str, tuple[Number, Number]] = field(default_factory=dict)
+    sums: dict[str, Number] = field(default_factory=dict)
+    peaks: dict[str, Number] = field(default_factory=dict)
+
+    def add(self, name: str, total: Number, count: Number) -> None:
+        old_total, old_count = self.totals.get(name, (0.0, 0.0))
+        self.totals[name] = (old_total + total, old_count + count)
+
+    def sum(self, name: str, value: Number) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def peak(self, name: str, value: Number) -> None:
+        old = self.peaks.get(name)
+        self.peaks[name] = value if old is None else torch.maximum(torch.as_tensor(old), torch.as_tensor(value))
+
+    def merge(self, other: Tally) -> None:
+        for name, (total, count) in other.totals.items():
+            self.add(name, total, count)
+        for name, value in other.sums.items():
+            self.sum(name, value)
+        for name, value in other.peaks.items():
+            self.peak(name, value)
+
+    def result(self) -> dict[str, float]:
+        """Everything as floats; a mean over nothing is 0."""
+        means = {
+            name: float(total) / float(count) if float(count) else 0.0 for name, (total, count) in self.totals.items()
+        }
+        return {**means, **{name: float(value) for name, value in {**self.sums, **self.peaks}.items()}}
+
+
+def mismatch_metrics(learner: np.ndarray, rollout: np.ndarray) -> dict[str, float]:
+    """How far the rollout's log-probabilities are from the learner's under the same weights. Both fp32 [tokens], natural log.
+
+    k3 estimates KL(rollout || learner) from the rollout's own tokens (Schulman): mean of exp(d) - d - 1 with d = learner - rollout.
+    Agreement of a token is exp(-|d|), the smaller of its two probability ratios; its low percentiles show what a mean hides.
+    """
+    if not len(learner):  # nothing was sampled that is trained: no token disagrees
+        learner = rollout = np.zeros(1, np.float32)
+    d = learner.astype(np.float64) - rollout.astype(np.float64)
+    agreement = np.exp(-np.abs(d))
+    return {
+        "mismatch/k3_kl": float(np.mean(np.expm1(d) - d)),
+        "mismatch/max_abs": float(np.abs(d).max()),
+        "mismatch/mean_abs": float(np.abs(d).mean()),
+        "mismatch/agreement_p5": float(np.percentile(agreement, 5)),
+        "mismatch/agreement_p1": float(np.percentile(agreement, 1)),
+        "mismatch/max_ratio": float(np.exp(np.abs(d).max())),
+    }
+
+
+def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """Reward, parts, length, truncation, failures, token share and staleness of scored groups, per domain and in all.
+
+    `version` is the policy version that is about to be trained; staleness is how many versions behind the oldest token is.
+    """
+    rewards, lengths, cut, parts = (defaultdict(list) for _ in range(4))
+    failures: Counter[str] = Counter()
+    staleness = 0
+    for group in groups:
+        for trajectory, score in zip(group.trajectories, group.scores, strict=True):
+            lengths[trajectory.domain].append(trajectory.num_generated)
+            cut[trajectory.domain].append(trajectory.finish_reason == "length")
+            drawn = trajectory.policy_versions[trajectory.loss_mask]
+            staleness = max(staleness, version - int(drawn.min())) if len(drawn) else staleness
+            if isinstance(score, Failure):
+                failures[score.kind] += 1
+            elif isinstance(score, Score):
+                rewards[trajectory.domain].append(score.value)
+                for name, value in score.parts.items():
+                    parts[f"{trajectory.domain}/{name}"].append(value)
+    everything = [value for values in rewards.values() for value in values]
+    tokens = {domain: sum(values) for domain, values in lengths.items()}
+    metrics = {"reward/mean": float(np.mean(everything)) if everything else 0.0, "staleness/max": float(staleness)}
+    metrics |= {f"reward/{domain}": float(np.mean(values)) for domain, values in sorted(rewards.items())}
+    metrics |= {f"part/{name}": float(np.mean(values)) for name, values in sorted(parts.items())}
+    metrics |= {f"length/{domain}": float(np.mean(values)) for domain, values in sorted(lengths.items())}
+    metrics |= {f"truncated/{domain}": float(np.mean(values)) for domain, values in sorted(cut.items())}
+    metrics |= {
+        f"token_share/{domain}": count / max(1, sum(tokens.values())) for domain, count in sorted(tokens.items())
+    }
+    return metrics | {
+        f"failures/{kind}": float(count) for kind, count in sorted({"timeout": 0, "error": 0, **failures}.items())
+    }
+
+
+def speed_metrics(times: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
+    """`time/<stage>_s` of each stage, generated tokens per second of rollout, samples per second of the whole step."""
+    tokens = sum(trajectory.num_generated for group in groups for trajectory in group.trajectories)
+    samples = sum(len(group.trajectories) for group in groups)
+    metrics = {f"time/{stage}_s": seconds for stage, seconds in times.items()}
+    metrics["tokens/rollout_per_s"] = tokens / max(times.get("rollout", 0.0), 1e-9)
+    metrics["samples_per_s"] = samples / max(sum(times.values()), 1e-9)
+    return metrics

@@ -1,0 +1,109 @@
+"""AdamW over fp32 weights, with the indexer in groups of its own or nowhere.
+
+Decay applies to matrices only. A frozen indexer is not in the optimizer at all: AdamW's decay shrinks a weight whose gradient is zero.
+Weights in bf16 are stepped on fp32 masters and copied back, so the model in the learner is bit for bit the one the rollout gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.rl.config import IndexerConfig, LearnerConfig
+
+
+class Optimizer:
+    """Groups, masters, linear warm-up and clipping. The base model and the indexer are clipped apart: their losses share nothing."""
+
+    def __init__(
+        self,
+        base: Iterable[nn.Parameter],
+        indexer: Iterable[nn.Parameter],
+        learner: LearnerConfig,
+        indexer_config: IndexerConfig,
+    ) -> None:
+        self.base, self.indexer = list(base), list(indexer)
+        self.warmup_steps, self.max_grad_norm = learner.warmup_steps, learner.max_grad_norm
+        train_indexer = indexer_config.train == "kl"
+        for parameter in self.indexer:
+            parameter.requires_grad_(train_indexer)
+        if not train_indexer:
+            self.indexer = []
+        self.base = [parameter for parameter in self.base if parameter.requires_grad]
+        self._masters = {p: p.detach().float().clone() for p in (*self.base, *self.indexer) if p.dtype != torch.float32}
+        groups = []
+        for parameters, lr in ((self.base, learner.lr), (self.indexer, indexer_config.lr)):
+            for decay in (True, False):
+                chosen = [self._masters.get(p, p) for p in parameters if (p.ndim >= 2) == decay]
+                if chosen:
+                    groups.append(
+                        {"params": chosen, "lr": lr, "peak": lr, "weight_decay": learner.weight_decay if decay else 0.0}
+                    )
+        self._adamw = torch.optim.AdamW(groups, betas=learner.betas, fused=True)
+        self.num_updates = 0
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.base, *self.indexer):
+            parameter.grad = None
+
+    @property
+    def lr(self) -> float:
+        """The base learning rate of the next update."""
+        return float(self._adamw.param_groups[0]["peak"]) * self._warmup()
+
+    def clip(self) -> dict[str, Tensor]:
+        """Clips both sides to max_grad_norm and returns their norms before it, fp32 scalars: grad_norm, grad_norm/indexer."""
+        norms = {"grad_norm": self.base, "grad_norm/indexer": self.indexer}
+        return {
+            name: nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            for name, parameters in norms.items()
+            if any(p.grad is not None for p in parameters)
+        }
+
+    def step(self) -> None:
+        """One update from the accumulated gradients, which are released."""
+        for group in self._adamw.param_groups:
+            group["lr"] = group["peak"] * self._warmup()
+        for parameter, master in self._masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._adamw.step()
+        with torch.no_grad():
+            for parameter, master in self._masters.items():
+                parameter.copy_(master)
+                master.grad = None
+        self.zero_grad()
+        self.num_updates += 1
+
+    def _warmup(self) -> float:
+        return min(1.0, (self.num_updates + 1) / max(1, self.warmup_steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "adamw": self._adamw.state_dict(),
+            "masters": list(self._masters.values()),
+            "num_updates": self.num_updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the state belongs to other parameter groups."""
+        try:
+            self._adamw.load_state_dict(state["adamw"])
+        except ValueError as error:
+            raise ValueError(
+                f"the optimizer state does not fit this model and config (indexer.train changed?): {error}"
+            ) from None
+        with torch.no_grad():
+            for (parameter, master), saved in zip(self._masters.items(), state["masters"], strict=True):
+                master.copy_(saved)
+                parameter.copy_(saved)
+        self.num_updates = int(state["num_updates"])
+
+
+def non_finite_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of the parameters whose gradient holds NaN or infinity."""
+    return [
+        name for name, parameter in named if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+    ]

@@ -1,0 +1,90 @@
+"""Which tasks a step gets: a fixed quota per domain, epochs shuffled by seed.
+
+The position is a pure function of the step: step s takes draws s*quota ... (s+1)*quota - 1 of an endless sequence of epochs. There is
+no state to save or to lose, and a resumed run sees exactly the tasks that the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from winnow.rl.config import Config, DomainConfig
+from winnow.rollout.schema import Request, Sampling, Task
+
+
+class TaskSampler:
+    """Deals tasks and wraps them as requests. Raises ValueError when a domain has fewer tasks than its quota."""
+
+    def __init__(self, tasks: Mapping[str, Sequence[Task]], config: Config) -> None:
+        self.tasks = tasks
+        self.config = config
+        for domain in config.domains:
+            have = len(tasks.get(domain.name, ()))
+            if have < domain.quota:
+                raise ValueError(
+                    f"domain {domain.name!r} has {have} tasks for a quota of {domain.quota} prompts per step: lower the quota"
+                )
+
+    def requests(self, step: int) -> list[Request]:
+        """The requests of step `step` (from 1), domain by domain."""
+        made = []
+        for domain in self.config.domains:
+            first = (step - 1) * domain.quota
+            for draw in range(first, first + domain.quota):
+                task = self._draw(domain, draw)
+                sampling = make_sampling(self.config, domain, seed=_seed(self.config.seed, domain.name, draw))
+                made.append(
+                    Request(
+                        request_id=f"step-{step}/{domain.name}/{draw}",
+                        task=task,
+                        num_samples=self.config.rollout.samples,
+                        sampling=sampling,
+                        max_turns=domain.max_turns,
+                    )
+                )
+        return made
+
+    def _draw(self, domain: DomainConfig, draw: int) -> Task:
+        tasks = self.tasks[domain.name]
+        epoch, position = divmod(draw, len(tasks))
+        order = np.random.default_rng([self.config.seed, zlib.crc32(domain.name.encode()), epoch]).permutation(
+            len(tasks)
+        )
+        return tasks[int(order[position])]
+
+
+def domain_tasks(config: Config, split: str) -> dict[str, list[Task]]:
+    """Every domain's tasks: split "train" (its `count`) or "heldout" (its `holdout`, at most evaluation.limit; domains without any are
+    left out). Raises ValueError, naming the domain's source."""
+    from winnow.rewards.data import load_tasks
+
+    made = {}
+    for domain in config.domains:
+        wanted = domain.count if split == "train" else min(domain.holdout, config.evaluation.limit)
+        if wanted:
+            made[domain.name] = load_tasks(
+                domain.source, domain.name, wanted, config.seed, split, domain.level,
+                fields=domain.fields or None, reward=domain.reward, path=domain.path,
+            )  # fmt: skip
+    return made
+
+
+def make_sampling(config: Config, domain: DomainConfig, seed: int) -> Sampling:
+    """How training samples of a domain are drawn."""
+    rollout = config.rollout
+    return Sampling(
+        max_tokens=domain.max_tokens,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        seed=seed,
+    )
+
+
+def _seed(seed: int, name: str, draw: int) -> int:
+    """A seed of its own for every request, the same in every run of the config."""
+    return zlib.crc32(f"{seed}/{name}/{draw}".encode())

@@ -1,0 +1,101 @@
+"""Log-probabilities of a packed micro-batch under a model: the one forward path of training, reference, evaluation and parity checks.
+
+MicroBatch -> ForwardContext(train, own or replayed index sets) -> hidden states [T, C] -> log-probabilities at trained rows [N]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from winnow.kernels import ops
+from winnow.kernels.selection import Selection
+from winnow.models.context import ForwardContext, IndexerLoss, forward_context
+from winnow.models.forward import hidden_states, lm_head_weight
+from winnow.rl.batching import MicroBatch
+from winnow.rollout import records
+
+
+@dataclass(kw_only=True, slots=True)
+class Scored:
+    """One forward pass. `selections` are the sets that the model chose itself, where they were asked for."""
+
+    logprobs: Tensor  # fp32 [N]
+    entropy: Tensor  # fp32 [N]
+    selections: Mapping[int, Selection] = field(default_factory=dict)
+
+
+@contextmanager
+def scored(
+    model: nn.Module,
+    micro: MicroBatch,
+    *,
+    replay: Mapping[int, Selection] | None = None,
+    record: bool = False,
+    indexer_loss: IndexerLoss | None = None,
+    selector: str = "indexer",
+) -> Iterator[Scored]:
+    """Scores a micro-batch. The context stays open inside the `with`, so that a backward pass may recompute activations in it.
+
+    `replay`: index sets to attend to instead of the model's own. `record`: return the model's own sets. `selector`: what chooses them.
+    """
+    device = next(model.parameters()).device
+    bounds = torch.as_tensor(micro.cu_seqlens, device=device)
+    context = ForwardContext(
+        mode="train",
+        positions=torch.as_tensor(micro.positions, device=device),
+        cu_seqlens=bounds,
+        seq_lens=bounds.diff(),
+        selector=selector,
+        selection_in=replay,
+        selection_out={} if record else None,
+        indexer_loss=indexer_loss,
+    )
+    with forward_context(context):
+        hidden = hidden_states(model, torch.as_tensor(micro.tokens, device=device).long(), context)  # [T, C]
+        trained = hidden[torch.as_tensor(micro.rows, device=device)]  # [N, C]
+        targets = torch.as_tensor(micro.targets, device=device)
+        logprobs, entropy = ops.token_logprobs(
+            trained, lm_head_weight(model), targets, micro.temperature, micro.kept_sets
+        )
+        yield Scored(logprobs=logprobs, entropy=entropy, selections=context.selection_out or {})
+
+
+def recorded_selections(micro: MicroBatch, device: torch.device | str = "cpu") -> dict[int, Selection] | None:
+    """The rollout's index sets of every layer for the packed inputs; None where no sequence carries any.
+
+    A short sequence needs no record: its sets are the identity. Raises ValueError for records that do not fit the sequences.
+    """
+    if all(record is None for record in micro.index_records):
+        return None
+    lengths = np.diff(micro.cu_seqlens) + 1  # decode counts the token that was never a query; the inputs end before it
+    sets = records.decode(micro.index_records, lengths.tolist(), device)
+    queries = torch.ones(int(lengths.sum()), dtype=torch.bool, device=device)
+    queries[torch.as_tensor(lengths.cumsum() - 1, device=device)] = False
+    return {layer: Selection(s.indices[queries], s.counts[queries]) for layer, s in sets.items()}
+
+
+def overlap_by_layer(
+    own: Mapping[int, Selection], recorded: Mapping[int, Selection], positions: Tensor, top_k: int
+) -> dict[int, tuple[float, int]]:
+    """Sum of Jaccard over the rows where the sets can differ (position >= top_k), and the number of those rows, by layer."""
+    rows = (positions >= top_k).nonzero()[:, 0]
+    sums = {}
+    for layer in sorted(set(own) & set(recorded)):
+        pair = (Selection(s.indices[rows], s.counts[rows]) for s in (own[layer], recorded[layer]))
+        sums[layer] = (float(records.jaccard(*pair).sum()), len(rows))
+    return sums
+
+
+def sparsity(micro: MicroBatch, top_k: int | None) -> tuple[float, int, int]:
+    """Over trained rows: the sum of selected/available, how many have position >= top_k, how many there are."""
+    positions = micro.positions[micro.rows]
+    if top_k is None:
+        return float(len(positions)), 0, len(positions)
+    available = positions + 1
+    return float((np.minimum(available, top_k) / available).sum()), int((positions >= top_k).sum()), len(positions)

@@ -1,0 +1,100 @@
+"""The driver: one RL run, a specialist or the mixed stage, which differ only in their config.
+
+    TaskSampler.requests(step) ──> Pool.generate ──> groups ── grade ──> scored groups ── compute_advantages ──> samples
+            ^                           ^                                                                           |
+            |                           | push_weights(version = step)                                         make_batch
+            |                           |                                                                           v
+        next step <── log, evaluate, save <── StepReport <───────────────── Learner.step <──────────────────── TrainBatch
+
+generate waits for the weights of the step before (on-policy: staleness 0); the learner waits for every group of its batch; nobody waits
+without a bound. Ctrl-C stops a rollout at once and an update after it; the run is saved either way, and `resume=true` continues it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from winnow.rewards.contract import grade
+from winnow.rewards.registry import get_reward
+from winnow.rl.advantages import compute_advantages
+from winnow.rl.batching import make_batch
+from winnow.rl.checkpoints import latest_checkpoint, read_checkpoint, save_checkpoint
+from winnow.rl.cluster import Cluster, connect
+from winnow.rl.config import Config, config_hash
+from winnow.rl.holdout import holdout_metrics
+from winnow.rl.interrupts import Interrupts
+from winnow.rl.metrics import group_metrics, speed_metrics
+from winnow.rl.run import Run, Stopwatch
+from winnow.rl.sampler import TaskSampler, domain_tasks
+from winnow.rollout.schema import Group, Request
+
+
+def train(config: Config, cluster: Cluster | None = None, progress: Callable[[str], object] = print) -> dict[str, Any]:
+    """Runs the config to its last step and returns what result.json holds: status, step, checkpoint (a model folder), domains.
+
+    `cluster` lends running processes (the pipeline keeps them between stages); without it they are started and ended here.
+    """
+    sampler = TaskSampler(domain_tasks(config, "train"), config)
+    newest = latest_checkpoint(config.folder / "checkpoints") if config.resume else None
+    start = read_checkpoint(newest) if newest else None
+    run = Run(config, start.step if start else 0, start.path if start else None)
+    with run, Interrupts() as interrupts, connect(config) if cluster is None else nullcontext(cluster) as cluster:
+        cluster.start(config, start)
+        try:
+            for step in range(run.step + 1, config.schedule.steps + 1):
+                watch = Stopwatch()
+                with watch("rollout"):
+                    groups = collect(cluster, sampler.requests(step))
+                with interrupts.held():
+                    run.log(step, learn(config, cluster, step, groups, watch, run))
+                    run.step = step
+                if config.schedule.eval_every and step % config.schedule.eval_every == 0:
+                    run.log(step, holdout_metrics(config, cluster.pool.generate, step))
+                progress(run.flush())
+                if config.schedule.save_every and step % config.schedule.save_every == 0:
+                    with interrupts.held():
+                        save(config, cluster, run)
+        except KeyboardInterrupt:
+            run.status = "interrupted"
+            progress(f"interrupted after step {run.step}: saving; resume=true continues")
+        save(config, cluster, run)
+    return run.result
+
+
+def collect(cluster: Cluster, requests: list[Request]) -> list[Group]:
+    """All groups of a step, in the order of their requests: the order of arrival must not matter."""
+    order = {request.request_id: number for number, request in enumerate(requests)}
+    return sorted(cluster.pool.generate(requests), key=lambda group: order[group.request.request_id])
+
+
+def learn(
+    config: Config, cluster: Cluster, step: int, groups: list[Group], watch: Stopwatch, run: Run
+) -> dict[str, float]:
+    """From ungraded groups to new weights in the pool: the step's metrics."""
+    with watch("reward"):
+        groups = grade(get_reward, groups, {domain.name: domain.length_penalty for domain in config.domains})
+        run.save_samples(step, groups)
+    with watch("learn"):
+        advantages = compute_advantages(groups, config.algorithm, config.domains)
+        batch = make_batch(
+            advantages.samples, step=step, micro_tokens=config.learner.micro_tokens, updates=config.learner.updates_per_batch,
+            keep_idle=config.indexer.train == "kl", kept_sets=config.algorithm.keep_kept_sets,
+        )  # fmt: skip
+        report = cluster.learner.step(batch)
+    with watch("sync"):
+        cluster.pool.push_weights(cluster.learner.weights(step), step)
+    return {
+        **group_metrics(groups, step - 1),
+        **advantages.metrics,
+        **report.metrics,
+        **speed_metrics(watch.times, groups),
+    }
+
+
+def save(config: Config, cluster: Cluster, run: Run) -> None:
+    """A checkpoint of the last finished step, unless there is one."""
+    if run.step and run.saved != run.step:
+        meta = {"config": config_hash(config), "seed": config.seed}
+        run.keep(save_checkpoint(run.checkpoints, run.step, cluster.learner.save, keep=config.schedule.keep, meta=meta))

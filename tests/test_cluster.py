@@ -1,0 +1,89 @@
+"""Ray behind a run: the learner as an actor, bounded waits, and nothing left running. Starts a real local Ray: slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from winnow.models import attach
+from winnow.models.indexer import IndexerConfig
+from winnow.models.load import save
+from winnow.rl import cluster as clusters
+from winnow.rl.config import Config, make_config
+from winnow.rollout.weights import unpack
+
+
+class SilentPool:
+    """Takes weights, as workers would: by reference."""
+
+    def __init__(self) -> None:
+        self.pushed: list[tuple[int, int]] = []
+        self.closed = 0
+
+    def push_weights(self, reference: Any, version: int) -> None:
+        import ray
+
+        update = ray.get(reference)
+        self.pushed.append((version, len(list(unpack(update)))))
+
+    def shutdown(self) -> None:
+        self.closed += 1
+
+
+def config_for(tmp_path: Path, *overrides: str) -> Config:
+    values = {
+        "runs_dir": str(tmp_path),
+        "model": {"path": str(tmp_path / "m")},
+        "domains": [{"name": "d", "source": "x"}],
+    }
+    return make_config(values, overrides)
+
+
+def test_bundles_follow_the_config(tmp_path: Path) -> None:
+    config = config_for(
+        tmp_path, "rollout.workers=2", "rollout.threads=3", "cluster.worker_gpus=1", "learner.threads=4"
+    )
+    assert clusters.bundles(config) == [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
+
+
+@pytest.mark.slow
+def test_an_actor_learner_trains_and_everything_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    save(
+        attach.attach(LlamaForCausalLM(shape), IndexerConfig(top_k=4, num_heads=2, head_dim=8, rope_dim=4)),
+        None,
+        tmp_path / "m",
+    )
+    pool = SilentPool()
+    monkeypatch.setattr(clusters, "make_pool", lambda config, options: pool)
+    tokens = np.arange(20)
+    with clusters.connect(config_for(tmp_path)) as cluster:
+        assert cluster.start(config_for(tmp_path))["top_k"] == 4 and pool.pushed[0][0] == 0 and pool.pushed[0][1] > 10
+        losses = [cluster.learner.sft_step([(tokens, tokens > 5)], step).metrics["loss/ce"] for step in (1, 2, 3)]
+        assert losses[-1] < losses[0]
+        with pytest.raises(ValueError, match="no trained token"):  # the cause itself, not Ray's wrapping of it
+            cluster.learner.sft_step([(tokens, tokens > 99)], 4)
+        cluster.learner.save(tmp_path / "saved")
+        cluster.learner.timeout_s = 1e-3  # type: ignore[attr-defined]
+        with pytest.raises(TimeoutError, match=r"learner\.load has not returned.*raise cluster\.step_timeout_s"):
+            cluster.learner.load()
+    assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 1 and not ray.is_initialized()
+    too_much = config_for(tmp_path, "cluster.learner_gpus=64", "cluster.start_timeout_s=2")
+    with pytest.raises(TimeoutError, match=r"did not offer .*'GPU': 64.0"), clusters.connect(too_much):
+        pass
+    assert not ray.is_initialized()

@@ -1,0 +1,270 @@
+"""The driver, end to end and in-process: a pool that samples with the real weights it was pushed, a real learner, a tiny model."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from winnow.models import attach
+from winnow.models.context import train_context
+from winnow.models.forward import hidden_states, lm_head_weight
+from winnow.models.indexer import IndexerConfig
+from winnow.models.load import load, save
+from winnow.rl import train as driver
+from winnow.rl.checkpoints import read_checkpoint
+from winnow.rl.cluster import Cluster
+from winnow.rl.config import Config, ConfigError, load_config, make_config
+from winnow.rl.interrupts import Interrupts
+from winnow.rl.learner import Learner
+from winnow.rl.sampler import TaskSampler, domain_tasks
+from winnow.rl.train import train
+from winnow.rollout import records
+from winnow.rollout.schema import Group, Request, Trajectory
+from winnow.rollout.weights import WeightUpdate, copy_into, unpack
+
+VOCAB, PROMPT = 24, 9
+
+
+class FakePool:
+    """Samples token by token with whole forward passes; the reply is the last token's number, modulo 3."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = load(folder)
+        self.versions: list[int] = []
+        self.closed = 0
+        self.on_generate: Callable[[int], None] = lambda call: None
+        self.calls = 0
+
+    def push_weights(self, update: WeightUpdate, version: int) -> None:
+        assert update.version == version
+        copy_into(self.model, dict(unpack(update)), version)
+        self.versions.append(version)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Group]:
+        self.calls += 1
+        self.on_generate(self.calls)
+        for request in reversed(requests):  # any order is allowed
+            yield Group(
+                request=request, trajectories=tuple(self._sample(request, n) for n in range(request.num_samples))
+            )
+
+    def shutdown(self) -> None:
+        self.closed += 1
+
+    @torch.no_grad()
+    def _sample(self, request: Request, number: int) -> Trajectory:
+        seed = zlib.crc32(request.task.messages[0]["content"].encode())
+        tokens = torch.randint(0, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(request.sampling.seed * 100 + number)
+        logprobs, sets = [0.0] * PROMPT, {}
+        for _ in range(request.sampling.max_tokens):
+            sets = {}
+            hidden = hidden_states(self.model, tokens, train_context([len(tokens)], selection_out=sets))
+            distribution = (hidden[-1] @ lm_head_weight(self.model).T).log_softmax(-1)
+            greedy = request.sampling.temperature == 0
+            token = (
+                distribution.argmax()[None] if greedy else torch.multinomial(distribution.exp(), 1, generator=generator)
+            )
+            tokens = torch.cat([tokens, token])
+            logprobs.append(float(distribution[token]))
+        mask = np.arange(len(tokens)) >= PROMPT
+        return Trajectory(
+            request_id=request.request_id,
+            sample=number,
+            task_id=request.task.id,
+            domain=request.task.domain,
+            tokens=tokens.numpy().astype(np.int32),
+            loss_mask=mask,
+            rollout_logprobs=np.array(logprobs, np.float32),
+            policy_versions=np.where(mask, self.versions[-1], -1).astype(np.int32),
+            finish_reason="stop",
+            messages=(*request.task.messages, {"role": "assistant", "content": str(int(tokens[-1]) % 3)}),
+            temperature=request.sampling.temperature or 1.0,
+            index_record=records.encode(sets, len(tokens)),
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = attach.attach(LlamaForCausalLM(shape), IndexerConfig(top_k=4, num_heads=2, head_dim=8, rope_dim=4))
+    return save(model, None, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def make(folder: Path, tmp_path: Path) -> Callable[..., tuple[Config, Cluster, FakePool]]:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"prompt": f"question {i}", "answer": str(i % 3)}) + "\n" for i in range(40)))
+
+    def build(*overrides: str) -> tuple[Config, Cluster, FakePool]:
+        domain = {"source": str(tasks), "count": 12, "holdout": 4, "quota": 3, "max_tokens": 2, "reward": "number"}
+        values = {
+            "name": "r", "runs_dir": str(tmp_path / "runs"), "model": {"path": str(folder)}, "rollout": {"samples": 4},
+            "domains": [{"name": "math", **domain}, {"name": "agent", **domain}], "learner": {"lr": 1e-2},
+            "schedule": {"steps": 4, "save_every": 2, "keep": 2},
+        }  # fmt: skip
+        config = make_config(values, overrides)
+        pool = FakePool(folder)
+        return config, Cluster(Learner(config), pool, lambda: None), pool
+
+    return build
+
+
+def lines(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_whole_folder(make: Callable[..., Any]) -> None:
+    config, cluster, pool = make("schedule.eval_every=2")
+    said: list[str] = []
+    result = train(config, cluster, said.append)
+    assert result["status"] == "done" and result["step"] == 4 and len(said) == 4 and "reward" in said[0]
+    assert pool.versions == [0, 1, 2, 3, 4] and pool.closed == 0  # a lent cluster stays up
+    folder = config.folder
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert load_config(folder / "config.yaml") == config
+    rows = lines(config)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    wanted = {
+        "reward/mean", "reward/math", "reward/agent", "length/math", "mismatch/k3_kl", "mismatch/max_abs", "index/jaccard", "loss/policy",
+        "grad_norm", "time/rollout_s", "time/learn_s", "time/sync_s", "tokens/rollout_per_s", "samples_per_s", "failures/timeout",
+        "entropy", "clip_fraction", "staleness/max", "dropped/zero_variance", "token_share/math", "index/sparse_rows",
+    }  # fmt: skip
+    assert all(wanted <= set(row) for row in rows), wanted - set(rows[0])
+    assert all(
+        row["mismatch/max_abs"] < 1e-4 and row["index/jaccard"] == 1.0 and row["staleness/max"] == 0 for row in rows
+    )
+    assert "eval/math" in rows[1] and "eval/math" not in rows[0]
+    samples = [json.loads(line) for line in (folder / "samples" / "step-000003.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 3 * 4 and {
+        "task_id",
+        "domain",
+        "messages",
+        "tokens",
+        "reward",
+        "parts",
+        "finish_reason",
+    } <= set(samples[0])
+    checkpoint = read_checkpoint(Path(result["checkpoint"]))
+    assert checkpoint.step == 4 and checkpoint.meta["seed"] == 0
+    from transformers import AutoModelForCausalLM
+
+    assert (
+        AutoModelForCausalLM.from_pretrained(checkpoint.path).config.hidden_size == 16
+    )  # the dense model, for everybody
+    assert attach.is_converted(load(checkpoint.path))
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(make: Callable[..., Any]) -> None:
+    config, cluster, _ = make("name=straight")
+    straight = train(config, cluster, lambda text: None)
+    config, cluster, _ = make("name=parts", "schedule.steps=2")
+    train(config, cluster, lambda text: None)
+    config, cluster, pool = make("name=parts", "resume=true")
+    parts = train(config, cluster, lambda text: None)
+    assert pool.versions == [2, 3, 4] and parts["step"] == 4
+    a, b = (load(result["checkpoint"]).state_dict() for result in (straight, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    timeless = [
+        [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "tokens/rollout", "samples_per_s"))}
+            for row in lines(c)
+        ]
+        for c in (make("name=straight", "resume=true")[0], config)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_ctrl_c_in_a_rollout_saves_and_resume_goes_on(make: Callable[..., Any]) -> None:
+    config, cluster, pool = make("schedule.save_every=0")
+    pool.on_generate = lambda call: os.kill(os.getpid(), signal.SIGINT) if call == 3 else None
+    before = signal.getsignal(signal.SIGINT)
+    result = train(config, cluster, lambda text: None)
+    assert (
+        result["status"] == "interrupted"
+        and result["step"] == 2
+        and read_checkpoint(Path(result["checkpoint"])).step == 2
+    )
+    assert signal.getsignal(signal.SIGINT) is before and [row["step"] for row in lines(config)] == [1, 2]
+    config, cluster, _ = make("resume=true")
+    assert train(config, cluster, lambda text: None)["status"] == "done"
+    assert [row["step"] for row in lines(config)] == [1, 2, 3, 4]
+
+
+def test_a_signal_waits_for_the_end_of_a_held_block() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("end")
+    assert reached == ["end"]
+
+
+def test_a_failure_is_written_and_raised(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cluster, pool = make()
+
+    def fail(call: int) -> None:
+        if call == 2:
+            raise RuntimeError("worker 1 is gone")
+
+    pool.on_generate = fail
+    with pytest.raises(RuntimeError, match="worker 1 is gone"):
+        train(config, cluster, lambda text: None)
+    result = json.loads((config.folder / "result.json").read_text())
+    assert result["status"] == "failed" and result["step"] == 1 and "worker 1 is gone" in result["error"]
+    assert len(lines(config)) == 1
+
+
+def test_an_existing_run_is_not_overwritten(make: Callable[..., Any]) -> None:
+    config, cluster, _ = make("schedule.steps=1")
+    train(config, cluster, lambda text: None)
+    with pytest.raises(ConfigError, match="already holds a run: set resume=true"):
+        train(config, cluster, lambda text: None)
+
+
+def test_an_owned_cluster_is_closed_also_after_a_failure(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, cluster, pool = make("schedule.steps=1")
+    monkeypatch.setattr(driver, "connect", lambda config: cluster)
+    pool.on_generate = lambda call: 1 / 0  # type: ignore[assignment, return-value]
+    with pytest.raises(ZeroDivisionError):
+        train(config, None, lambda text: None)
+    assert pool.closed == 1
+
+
+def test_tasks_cover_each_epoch_and_depend_only_on_the_step(make: Callable[..., Any]) -> None:
+    config, _, _ = make()
+    sampler = TaskSampler(domain_tasks(config, "train"), config)
+    steps = [sampler.requests(step) for step in range(1, 9)]
+    for epoch in (steps[:4], steps[4:]):
+        names = [request.task.id for requests in epoch for request in requests if request.task.domain == "math"]
+        assert len(names) == len(set(names)) == 12
+    assert [r.task.id for r in steps[0]] != [r.task.id for r in steps[4]]
+    assert sampler.requests(3) == steps[2]
+    assert len({request.sampling.seed for requests in steps for request in requests}) == 8 * 6
+    held = {task.id for tasks in domain_tasks(config, "heldout").values() for task in tasks}
+    assert held and not held & {task.id for tasks in sampler.tasks.values() for task in tasks}
+    with pytest.raises(ValueError, match="lower the quota"):
+        TaskSampler({"math": [], "agent": []}, config)
+
+
+def test_the_driver_stays_readable() -> None:
+    source = Path(driver.__file__).read_text()
+    assert len(source.splitlines()) <= 100
+    assert "──>" in (ast.get_docstring(ast.parse(source)) or "")
