@@ -1,0 +1,194 @@
+"""Conversion: the warm-up changes nothing but indexers and teaches them; the stages stay decoupled; the data loaders refuse with places."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from winnow.models.attach import attach, base_parameters, indexer_parameters, is_indexer_name, strip
+from winnow.models.context import IndexerLoss, train_context
+from winnow.models.forward import hidden_states
+from winnow.models.indexer import IndexerConfig
+from winnow.models.load import load, save
+from winnow.rl import convert_data
+from winnow.rl.convert import ConvertOptions, LayerwiseWarmup, _micro_bounds, convert, sparse_stage, warm_up
+from winnow.rl.retention import perplexity, recall
+
+OPTIONS = ConvertOptions(
+    top_k=6, index_heads=2, index_dim=16, index_rope_dim=8, seq_len=40, warmup_batches=8, warmup_tokens=400, warmup_micro=100,
+    sparse_steps=3, sparse_tokens=200, holdout_tokens=200, warmup_lr=1e-2, sparse_model_lr=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def tiny_model():
+    """Large attention weights: a random model attends evenly, and then there is nothing to learn."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(12)
+            layer.self_attn.k_proj.weight.mul_(12)
+    return model
+
+
+def documents(count=40):
+    rng = random.Random(0)
+    return [[rng.randrange(3, 50) for _ in range(rng.randrange(20, 60))] for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("convert")
+    save(tiny_model(), None, root / "dense")
+    lines = []
+    report = convert(root / "dense", root / "sparse", OPTIONS, documents(), lines.append)
+    return root, report, lines
+
+
+def test_report(converted):
+    root, report, lines = converted
+    assert json.loads((root / "sparse" / "conversion.json").read_text()) == json.loads(json.dumps(report))
+    assert len(report["warmup"]["kl"]) == 8 and len(report["sparse"]["kl"]) == len(report["sparse"]["loss"]) == 3
+    assert report["warmup"]["kl"][-1] < 0.6 * report["warmup"]["kl"][0]
+    kept = report["retention"]["recall"]
+    assert kept["indexer"]["mean"] > kept["random"]["mean"] + 0.1 and len(kept["indexer"]["layers"]) == 2
+    assert set(report["retention"]["perplexity"]) == {"dense", "sparse", "random", "recent"}
+    assert sum(line.startswith("warm-up") for line in lines) == 8 and "recall of attention mass" in lines[-1]
+
+
+def test_the_folder_opens_sparse(converted):
+    root, _, _ = converted
+    model = load(root / "sparse")
+    assert model.config.winnow["top_k"] == 6 and indexer_parameters(model)
+    with pytest.raises(ValueError, match="converted already"):
+        convert(root / "sparse", root / "again", OPTIONS, documents())
+
+
+def test_warm_up_leaves_the_model_alone_and_strip_gives_it_back():
+    model = tiny_model()
+    original = {name: t.clone() for name, t in model.state_dict().items()}
+    attach(model, OPTIONS.indexer)
+    before = {name: p.clone() for name, p in indexer_parameters(model).items()}
+    warm_up(model, convert_data.batches(documents(), 400, 0), OPTIONS, lambda line: None)
+    assert all(not torch.equal(p, before[name]) for name, p in indexer_parameters(model).items())
+    strip(model)
+    assert all(torch.equal(t, original[name]) for name, t in model.state_dict().items())
+
+
+def test_layerwise_steps_equal_ordinary_training():
+    """One pass, one micro-batch: the same update as backward through the summed loss and one optimizer a layer."""
+    batch = convert_data.pack(documents(6))
+    models = [attach(tiny_model(), IndexerConfig(top_k=6, num_heads=2, head_dim=16, rope_dim=8)) for _ in range(2)]
+    torch.manual_seed(3)
+    for p, q in zip(indexer_parameters(models[0]).values(), indexer_parameters(models[1]).values(), strict=True):
+        q.data.copy_(p.data)
+    watch = LayerwiseWarmup(lr=1e-2, passes=1, micro_tokens=10**6, max_grad_norm=1e9)
+    with torch.no_grad():
+        hidden_states(models[0], batch.tokens, train_context(batch.lengths, selector="dense", indexer_loss=watch))
+    loss = IndexerLoss()
+    hidden_states(models[1], batch.tokens, train_context(batch.lengths, selector="dense", indexer_loss=loss))
+    optimizer = torch.optim.Adam(indexer_parameters(models[1]).values(), lr=1e-2, betas=(0.9, 0.99))
+    (loss.sum() / loss.rows).backward()
+    optimizer.step()
+    assert watch.losses[0][0] == pytest.approx(loss.per_layer()[0], rel=1e-5)
+    for p, q in zip(indexer_parameters(models[0]).values(), indexer_parameters(models[1]).values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_lr", [0.0, 1e-3])
+def test_sparse_stage_moves_what_it_should(model_lr):
+    model = attach(tiny_model(), OPTIONS.indexer)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for p in base_parameters(model).values():
+        p.requires_grad_(False)
+    options = ConvertOptions(**{**vars(OPTIONS), "sparse_model_lr": model_lr})
+    sparse_stage(model, convert_data.batches(documents(), 200, 0), options, lambda line: None)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (model_lr == 0 and not is_indexer_name(name)), name
+
+
+def test_perplexity_and_recall_agree_with_a_full_set():
+    model = attach(tiny_model(), IndexerConfig(top_k=30, num_heads=2, head_dim=16, rope_dim=8))
+    short = [d[:30] for d in documents(5)]
+    assert (
+        perplexity(model, short, "indexer") == perplexity(model, short, "dense") == perplexity(model, short, "random")
+    )
+    assert recall(model, short)["indexer"] == []
+    figures = recall(model, [d + d for d in documents(3)])
+    assert all(0 < r <= 1 + 1e-5 for layers in figures.values() for r in layers)
+
+
+def test_micro_bounds_cover_everything():
+    bounds = [0, 10, 30, 100, 105, 110, 200]
+    runs = list(_micro_bounds(bounds, 40))
+    assert [r[0] for r in runs] + [200] == [0, *(r[1] for r in runs)]
+    assert all(r[2][0] == 0 and r[2][-1] == r[1] - r[0] for r in runs)
+    assert [x for a, _, cu in runs for x in (a + c for c in cu[1:])] == bounds[1:]
+
+
+def test_next_token_rows_stop_at_the_ends():
+    assert convert_data.pack([[1, 2, 3], [4, 5], [6]]).next_token_rows.tolist() == [0, 1, 3]
+
+
+def test_batches_use_every_sequence_each_epoch():
+    sequences = [[i] * 10 for i in range(20)]
+    stream = convert_data.batches(sequences, 50, 0)
+    seen = [next(stream).tokens.tolist()[::10] for _ in range(4)]
+    assert sorted(x for batch in seen for x in batch) == list(range(20))
+
+
+def test_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "three"}\n')
+    assert convert_data.read_documents(str(tmp_path)) == ["one", "two", "three"]
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"body": 1}\n')
+    with pytest.raises(ValueError, match=r"b.jsonl:2: no text field 'text'"):
+        convert_data.read_documents(str(tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"b.jsonl:1: not JSON"):
+        convert_data.read_documents(str(tmp_path / "b.jsonl"))
+    with pytest.raises(ValueError, match="does not exist"):
+        convert_data.read_documents(str(tmp_path / "nothing.txt"))
+
+
+def test_options_and_data_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="several times top_k"):
+        ConvertOptions(top_k=32, seq_len=32)
+    with pytest.raises(ValueError, match="warmup_lr"):
+        ConvertOptions(warmup_lr=-1)
+    save(tiny_model(), None, tmp_path / "dense")
+    with pytest.raises(ValueError, match="no sequence of the data is longer"):
+        convert(tmp_path / "dense", tmp_path / "out", ConvertOptions(top_k=32, index_rope_dim=8), [[1] * 20] * 9)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        convert(tmp_path / "dense", tmp_path / "out", OPTIONS, ["some text"])
+
+
+def test_own_samples():
+    engine = pytest.importorskip("winnow.rollout.engine", reason="the rollout engine")
+    assert engine
+
+    class Tokenizer:
+        bos_token_id, eos_token_id, chat_template = 1, 2, None
+
+        def decode(self, ids, **_):
+            return " ".join(map(str, ids))
+
+    from winnow.models.attach import use_winnow_attention
+
+    model = tiny_model()
+    use_winnow_attention(model)
+    samples = convert_data.own_samples(model, Tokenizer(), 300, 40, 0)
+    assert sum(map(len, samples)) >= 300 and all(s[0] == 1 and len(s) <= 40 for s in samples)
+    assert len({tuple(s) for s in samples}) > 1
