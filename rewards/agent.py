@@ -1,6 +1,6 @@
 """The agent domain: an environment with one tool, and the reward that asks for its use.
 
-The environment knows a code for every key of its task. `call red` (or a JSON call in <tool_call> tags, as real models write it) is
+The environment knows a code for every key of its task. `call red` at the end of a reply (or a JSON call in <tool_call> tags, as real models write it) is
 answered with `red is 4`; anything else that tries to call gets an error text; a reply without a call is the final answer and ends the
 episode.
 """
@@ -28,6 +28,8 @@ def parse_call(reply: str) -> tuple[str | None, str | None]:
     if tagged:
         return parse_json_call(tagged.group(1))
     words = reply.split()
+    if len(words) > 2 and words[-2].lower() == "call":  # reasoning first, the call at the end
+        return words[-1], None
     if not words or words[0].lower() != "call":
         return None, None
     return (words[1], None) if len(words) == 2 else (None, USAGE)

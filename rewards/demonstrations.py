@@ -56,7 +56,7 @@ def lookup_turns(task: Task, rng: Random, wrong: bool) -> list[Message]:
 
 
 def lookup_reply(facts: Sequence[Fact], level: int, asked: list[str], rng: Random, wrong: bool) -> str:
-    """Level 1: `7`. Level 2 writes both values before the sum, level 3 the pointer's end before the value."""
+    """The facts used, restated: `ann 7`. Level 2 writes both before the sum, level 3 the pointer before the value: `ann eva 7`."""
     values = {fact.name: fact.value for fact in facts if fact.verb == "has"}
 
     def value_of(name: str, err: bool) -> str:
@@ -64,11 +64,11 @@ def lookup_reply(facts: Sequence[Fact], level: int, asked: list[str], rng: Rando
         return rng.choice(others) if err and others else values[name]
 
     if level == 1:
-        return value_of(asked[0], wrong)
+        return f"{asked[0]} {value_of(asked[0], wrong)}"
     if level == 2:
         first, second = value_of(asked[0], wrong), value_of(asked[1], False)
-        return f"{first} {second} {int(first) + int(second)}"
-    return f"{asked[1]} {value_of(asked[1], wrong)}"
+        return f"{asked[0]} {first} {asked[1]} {second} {int(first) + int(second)}"
+    return f"{asked[0]} {asked[1]} {value_of(asked[1], wrong)}"
 
 
 def tool_turns(task: Task, rng: Random, wrong: bool) -> list[Message]:
@@ -77,17 +77,18 @@ def tool_turns(task: Task, rng: Random, wrong: bool) -> list[Message]:
     if wrong:
         keys[0] = rng.choice([key for key in codes if key not in keys])
     turns: list[Message] = []
-    for key in keys:
-        turns += [says(f"call {key}"), {"role": "tool", "content": f"{key} is {codes[key]}"}]
+    for name, key in zip(task.metadata["asked"], keys, strict=False):  # level 2 asks for one key through another name
+        found = f"{name} {task.metadata['asked'][-1]}" if len(keys) < len(task.metadata["asked"]) else name
+        turns += [says(f"{found} {key} call {key}"), {"role": "tool", "content": f"{key} is {codes[key]}"}]
     return [*turns, says(str(sum(codes[key] for key in keys)))]
 
 
 def rubric_turns(task: Task, rng: Random, wrong: bool) -> list[Message]:
-    return [says(rubric_reply(task.metadata["rubric"], rng, wrong))]
+    return [says(rubric_reply(task.metadata["rubric"], task.metadata["asked"], rng, wrong))]
 
 
-def rubric_reply(rubric: Sequence[Mapping[str, Any]], rng: Random, wrong: bool) -> str:
-    """The asked words first, then fillers up to the length, then the mark. Wrong: one or two of the criteria are broken."""
+def rubric_reply(rubric: Sequence[Mapping[str, Any]], asked: Sequence[str], rng: Random, wrong: bool) -> str:
+    """The asked facts restated, then fillers up to the length, then the mark. Wrong: one or two of the criteria are broken."""
     wants: dict[str, list[Any]] = {}
     for criterion in rubric:
         wants.setdefault(criterion["type"], []).append(criterion.get("value"))
@@ -97,6 +98,7 @@ def rubric_reply(rubric: Sequence[Mapping[str, Any]], rng: Random, wrong: bool) 
     free = [thing for thing in THINGS if thing not in forbidden and thing not in words]
     if "use_word" in broken:
         words[0] = rng.choice(free)
+    words = [word for fact in zip(asked, words, strict=False) for word in fact]
     length = wants["num_words"][0] + (rng.choice((-1, 1)) if "num_words" in broken else 0)
     while len(words) < length:
         words.append(rng.choice(free))
@@ -121,27 +123,32 @@ def pretraining_texts(
     kinds: Sequence[str] = PRETRAINING_KINDS,
     level: int = 1,
     pairs: tuple[int, int] = (8, 12),
+    facts: tuple[int, int] = NUM_FACTS,
 ) -> list[list[Message]]:
     """`count` conversations: a list of facts, then a number of question/answer pairs about it, kinds in turn. Training worlds only.
 
-    `pairs` bounds the number of questions per document. Every answer is right; noise comes from the demonstrations.
+    `pairs` bounds the number of questions per document, `facts` that of its facts (short lists are where recall is learned first). Every answer is right; noise comes from the demonstrations.
     """
     unknown = [kind for kind in kinds if kind not in PRETRAINING_KINDS]
     if unknown or not kinds:
         raise ValueError(f"pretraining kinds are {list(kinds)}: choose from {', '.join(PRETRAINING_KINDS)}")
-    rng = Random(f"winnow pretraining {'-'.join(kinds)} {level} {seed}")
-    return [document(kinds[i % len(kinds)], level, rng.randint(*pairs), rng) for i in range(count)]
+    rng = Random(f"winnow pretraining {'-'.join(kinds)} {level} {seed} {facts}")
+    return [document(kinds[i % len(kinds)], level, rng.randint(*pairs), rng, facts) for i in range(count)]
 
 
-def document(kind: str, level: int, num_pairs: int, rng: Random) -> list[Message]:
+def document(kind: str, level: int, num_pairs: int, rng: Random, num_facts: tuple[int, int]) -> list[Message]:
     """One list of facts and `num_pairs` questions about it, each with its turns."""
     if level != 1:  # one list cannot serve many pointers or sums evenly: questions of other levels come one a document
         return demonstrations(generate_tasks(kind, level, 1, rng.getrandbits(32))[0], rng)
     while True:
-        facts = lookup_world(rng, 1, rng.randint(0, 9))[0] if kind == "lookup" else keeps_world(rng, "train", 1)[0]
+        facts = (
+            lookup_world(rng, 1, rng.randint(0, 9), num_facts)[0]
+            if kind == "lookup"
+            else keeps_world(rng, "train", 1, num_facts)[0]
+        )
         if in_split(world_key(facts), "train"):
             break
-    asked = rng.sample(facts, min(num_pairs, NUM_FACTS[0]))
+    asked = rng.sample(facts, min(num_pairs, len(facts)))
     codes = {fact.value: rng.randint(0, 9) for fact in facts}
     turns: list[Message] = []
     for fact in asked:
@@ -157,8 +164,12 @@ def ask(kind: str, facts: list[Fact], fact: Fact, codes: dict[str, int], rng: Ra
         return lookup_question(1, [fact.name]), [says(lookup_reply(facts, 1, [fact.name], rng, False))]
     if kind == "tool":
         tool: Message = {"role": "tool", "content": f"{fact.value} is {codes[fact.value]}"}
-        return tool_question(1, [fact.name]), [says(f"call {fact.value}"), tool, says(str(codes[fact.value]))]
+        return tool_question(1, [fact.name]), [
+            says(f"{fact.name} {fact.value} call {fact.value}"),
+            tool,
+            says(str(codes[fact.value])),
+        ]
     fields = rubric_fields(rng, facts, 1, [facts.index(fact)])
     return fields["text"].removeprefix(render(facts) + " "), [
-        says(rubric_reply(fields["metadata"]["rubric"], rng, False))
+        says(rubric_reply(fields["metadata"]["rubric"], [fact.name], rng, False))
     ]

@@ -1,7 +1,8 @@
 """The small language of the procedural tasks: its words, its lists of facts, and the rule that splits them.
 
-A *world* is a list of short facts in prompt order, e.g. `ann has 7 . bob likes eva . zoe keeps red .`: one word a token for a
-byte-level tokenizer trained on these texts, so 24 facts are about 96 tokens. Whether a world is for training or held out is a function
+A *world* is a list of short facts in prompt order, e.g. `ann 7 . bob eva . zoe red .` (ann has 7, bob likes eva, zoe keeps red): one
+word a token for a byte-level tokenizer trained on these texts, so 28 facts are about 84 tokens. Facts have no verb and replies restate
+the fact they use, so that the smallest circuit that can look something up in a context is enough. Whether a world is for training or held out is a function
 of its facts alone (a hash, whatever their order, the question, or the seed), so no seed can put one world on both sides.
 """
 
@@ -25,21 +26,21 @@ THINGS = tuple(THING_WORDS.split())
 MARKS = ("!", "?", ";")
 DIGITS = tuple(range(10))
 SPLITS = ("train", "heldout", "all")
-NUM_FACTS = (22, 26)  # how many facts a world has, both ends included
+NUM_FACTS = (26, 30)  # how many facts a world has, both ends included
 HELDOUT_OF = 5  # one world in this many is held out
 LATE_FACTS = 4  # a question never asks for one of the last few facts: what it needs stands far back
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`name verb value .`; verbs: `has` (a digit), `keeps` (a thing), `likes` (a name)."""
+    """Written `name value .`; verbs: `has` (a digit), `keeps` (a thing), `likes` (a name)."""
 
     name: str
     verb: str
     value: str
 
     def __str__(self) -> str:
-        return f"{self.name} {self.verb} {self.value} ."
+        return f"{self.name} {self.value} ."
 
 
 def digest(text: str) -> int:

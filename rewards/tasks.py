@@ -5,7 +5,7 @@
     rubric    (alignment)  write a few words that meet the prompt's own weighted criteria                     reward rubric
     addition  (reasoning)  "What is a + b?", one digit each: 100 tasks, 70 for training and 30 held out       reward number
 
-The fact a question needs is drawn from all but the last few of 22-26, so it usually stands 30 to 100 tokens back: an attention window,
+The fact a question needs is drawn from all but the last few of 26-30, so it usually stands 25 to 100 tokens back: an attention window,
 or an index that keeps the last 16 tokens, cannot see it. Answers are balanced by construction, so the best constant reply is weak.
 """
 
@@ -78,7 +78,7 @@ def lookup_question(level: int, asked: list[str]) -> str:
         return f"how many has {asked[0]} ?"
     if level == 2:
         return f"how many have {asked[0]} and {asked[1]} ?"
-    return f"how many has the one {asked[0]} likes ?"
+    return f"how many has the one liked by {asked[0]} ?"
 
 
 def lookup_fields(facts: list[Fact], level: int, asked: list[str], answer: int) -> dict[str, Any]:
@@ -104,9 +104,11 @@ def lookups(rng: Random, level: int, split: str) -> Iterator[dict[str, Any]]:
         yield lookup_fields(facts, level, asked, answer)
 
 
-def lookup_world(rng: Random, level: int, answer: int) -> tuple[list[Fact], list[str]]:
+def lookup_world(
+    rng: Random, level: int, answer: int, facts: tuple[int, int] = NUM_FACTS
+) -> tuple[list[Fact], list[str]]:
     """Facts in which the question about `asked` has this answer; every other value is drawn evenly."""
-    num_facts = rng.randint(*NUM_FACTS)
+    num_facts = rng.randint(*facts)
     if level == 3:
         return pointer_world(rng, num_facts, "has", str(answer), [str(v) for v in DIGITS])
     names = rng.sample(NAMES, num_facts)
@@ -141,22 +143,24 @@ def pointer_world(
 # ------------------------------------------------------------------------------------------------------------------- keeps: tool, rubric
 
 
-def keeps_world(rng: Random, split: str, num_asked: int) -> tuple[list[Fact], list[int]]:
+def keeps_world(
+    rng: Random, split: str, num_asked: int, facts: tuple[int, int] = NUM_FACTS
+) -> tuple[list[Fact], list[int]]:
     """Who keeps what, all things different, and the positions of the facts asked for."""
     while True:
-        num_facts = rng.randint(*NUM_FACTS)
+        num_facts = rng.randint(*facts)
         names, things = rng.sample(NAMES, num_facts), rng.sample(THINGS, num_facts)
-        facts = [Fact(n, "keeps", t) for n, t in zip(names, things, strict=True)]
-        if in_split(world_key(facts), split):
-            return facts, far_slots(rng, num_facts, num_asked)
+        world = [Fact(n, "keeps", t) for n, t in zip(names, things, strict=True)]
+        if in_split(world_key(world), split):
+            return world, far_slots(rng, num_facts, num_asked)
 
 
 def tool_question(level: int, asked: list[str]) -> str:
     if level == 1:
-        return f"what is the code of what {asked[0]} keeps ?"
+        return f"what is the code of the thing of {asked[0]} ?"
     if level == 2:
-        return f"what is the code of what the one {asked[0]} likes keeps ?"
-    return f"what is the sum of the codes of what {asked[0]} and {asked[1]} keep ?"
+        return f"what is the code of the thing of the one liked by {asked[0]} ?"
+    return f"what is the sum of the codes of the things of {asked[0]} and {asked[1]} ?"
 
 
 def tool_fields(
@@ -201,7 +205,7 @@ def rubric_fields(rng: Random, facts: list[Fact], level: int, slots: list[int]) 
     The name stands last, as in the other kinds: a small model then finds it at the same distance from where its reply begins.
     """
     asked, words = [facts[slot].name for slot in slots], [facts[slot].value for slot in slots]
-    length, mark = rng.randint(2, 4), rng.choice(MARKS)
+    length, mark = 2 * len(words) + rng.randint(0, 2), rng.choice(MARKS)
     criteria: list[dict[str, Any]] = [{"type": "num_words", "value": length, "weight": 1.0}]
     criteria += [{"type": "use_word", "value": word, "weight": 2.0} for word in words]
     text = f"write {length} words . end with {mark} ."

@@ -11,7 +11,7 @@ from winnow.rewards.baseline import constant_baseline, constant_replies, play
 from winnow.rewards.benchmarks import BENCHMARKS, load_benchmark
 from winnow.rewards.contract import success
 from winnow.rewards.demonstrations import demonstrations, noisy_demonstration, pretraining_texts
-from winnow.rewards.language import LATE_FACTS, split_of, world_key
+from winnow.rewards.language import LATE_FACTS, NAMES, NUM_FACTS, split_of, world_key
 from winnow.rewards.registry import get_reward
 from winnow.rewards.tasks import DOMAINS, LEVELS, Fact, facts_of, generate_tasks
 
@@ -80,18 +80,17 @@ def test_pretraining_documents_use_training_worlds_only_and_are_right():
     for messages in documents:
         assert 8 <= sum(m["role"] == "user" for m in messages) <= 12
         text = messages[0]["content"]
-        facts = [
-            Fact(*words.split())
-            for words in text.split(" . ")
-            if len(words.split()) == 3 and words.split()[1] in ("has", "keeps")
-        ]
-        assert len(facts) >= 22 and split_of(world_key(facts)) == "train"
+        pairs = [words.split() for words in text.split(" . ") if len(words.split()) == 2]
+        facts = [Fact(name, "has" if value.isdigit() else "keeps", value) for name, value in pairs if name in NAMES]
+        assert len(facts) >= NUM_FACTS[0] and split_of(world_key(facts)) == "train"
         values = {fact.name: fact.value for fact in facts}
         for question, answer in pairwise(messages):
-            if question["role"] == "user" and " has " in question["content"].split(" . ")[-1]:
-                assert answer["content"] == values[question["content"].split()[-2]]
-            if question["role"] == "user" and "code of" in question["content"]:
-                assert answer["content"] == f"call {values[question['content'].split()[-3]]}"
+            if question["role"] != "user":
+                continue
+            name = question["content"].split()[-2]
+            assert answer["content"].startswith(f"{name} {values[name]}")
+            if "code of" in question["content"]:
+                assert answer["content"] == f"{name} {values[name]} call {values[name]}"
 
 
 def test_addition_has_every_pair_once():
@@ -116,7 +115,7 @@ def test_constant_replies_are_weak(kind, level, split):
 def test_what_is_asked_stands_far_back(kind, level):
     tasks = generate_tasks(kind, level, 100, seed=2)
     for task in tasks:
-        assert 90 <= len(task.messages[0]["content"].split()) <= 150
+        assert 80 <= len(task.messages[0]["content"].split()) <= 150
         facts, asked = facts_of(task), set(task.metadata["asked"])
         late = {fact.name for fact in facts[-LATE_FACTS:]}
         assert not asked & late, task.messages[0]["content"]

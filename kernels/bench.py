@@ -1,0 +1,131 @@
+"""Times of the public operations on this machine, beside torch's own nearest operation where there is one. No claim beyond the shape.
+
+Milliseconds per call, median with minimum and maximum, after a warm-up call. On a CPU the shapes are small; what is compared is stated
+with every figure, and an anchor that does less work (dense attention selects nothing) says so by its name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from winnow.kernels import ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One sequence of `length` tokens; decode has `batch` of them."""
+
+    length: int
+    top_k: int
+    batch: int = 8
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    index_heads: int = 4
+    index_dim: int = 64
+    page: int = 16
+
+
+CPU = Shape(length=1024, top_k=128)
+GPU = Shape(length=16384, top_k=2048, batch=32, heads=32, kv_heads=8, head_dim=128, index_dim=128, page=64)
+
+
+def measure_ops(seconds: float = 1.0, shape: Shape | None = None) -> dict[str, Any]:
+    """{operation: {"ms": ..., "min_ms", "max_ms", "runs", "shape"}} for what this device is meant to run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = shape or (GPU if device == "cuda" else CPU)
+    cases = {**prefill_cases(shape, device), **decode_cases(shape, device)}
+    with torch.no_grad():
+        figures = {name: clock(call, seconds, device) for name, call in cases.items()}
+    return {"shape": vars(shape), "device": device, "operations": figures}
+
+
+def prefill_cases(shape: Shape, device: str) -> dict[str, Callable[[], Any]]:
+    """One packed sequence: selection and attention over it."""
+    s, dtype = shape, torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    q, k, v = (
+        draw(s.length, s.heads, s.head_dim),
+        draw(s.length, s.kv_heads, s.head_dim),
+        draw(s.length, s.kv_heads, s.head_dim),
+    )
+    iq, ik = draw(s.length, s.index_heads, s.index_dim), draw(s.length, s.index_dim)
+    w = draw(s.length, s.index_heads).float()
+    bounds = torch.tensor([0, s.length], dtype=torch.int32, device=device)
+    positions = torch.arange(s.length, device=device)
+    lengths = (positions + 1).int()
+    chosen = ops.select_packed(iq, ik, w, bounds, positions, s.top_k)
+    scores = ops.indexer_logits(iq, ik, w)
+    scale = s.head_dim**-0.5
+    repeat = s.heads // s.kv_heads
+    dq, dk, dv = (x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)))
+    return {
+        "indexer_logits": lambda: ops.indexer_logits(iq, ik, w),
+        "topk": lambda: ops.topk(scores, lengths, s.top_k),
+        "topk anchor: torch.topk (unordered ties, no causal mask)": lambda: torch.topk(scores, s.top_k),
+        "select_packed": lambda: ops.select_packed(iq, ik, w, bounds, positions, s.top_k),
+        "sparse_attention": lambda: ops.sparse_attention(q, k, v, bounds, chosen, scale),
+        "sparse_attention, dense (selection None)": lambda: ops.sparse_attention(q, k, v, bounds, None, scale),
+        "attention anchor: torch SDPA, dense causal": lambda: F.scaled_dot_product_attention(
+            dq, dk, dv, is_causal=True, scale=scale
+        ),
+    }
+
+
+def decode_cases(shape: Shape, device: str) -> dict[str, Callable[[], Any]]:
+    """`batch` sequences of `length` cached tokens, one query each."""
+    s, dtype = shape, torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(1)
+    pages = -(-s.length // s.page)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    q = draw(s.batch, s.heads, s.head_dim)
+    k, v = (draw(s.batch * pages, s.page, s.kv_heads, s.head_dim) for _ in range(2))
+    index, iq = draw(s.batch * pages, s.page, s.index_dim), draw(s.batch, s.index_heads, s.index_dim)
+    w = draw(s.batch, s.index_heads).float()
+    table = torch.arange(s.batch * pages, dtype=torch.int32, device=device).view(s.batch, pages)
+    lengths = torch.full((s.batch,), s.length, dtype=torch.int32, device=device)
+    chosen = ops.select_paged(iq, index, w, table, lengths, s.top_k)
+    scale = s.head_dim**-0.5
+    return {
+        "select_paged": lambda: ops.select_paged(iq, index, w, table, lengths, s.top_k),
+        "sparse_decode": lambda: ops.sparse_decode(q, k, v, table, lengths, chosen, scale),
+        "sparse_decode, dense (selection None)": lambda: ops.sparse_decode(q, k, v, table, lengths, None, scale),
+    }
+
+
+def clock(call: Callable[[], Any], seconds: float, device: str) -> dict[str, Any]:
+    """Milliseconds of `call`: at least 3 runs and at least `seconds` in all, after one that warms up."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        _wait(device)
+        begin = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - begin)
+    ordered = sorted(times)
+    middle = ordered[len(ordered) // 2]
+    return {
+        "ms": round(middle * 1e3, 4),
+        "min_ms": round(ordered[0] * 1e3, 4),
+        "max_ms": round(ordered[-1] * 1e3, 4),
+        "runs": len(times),
+    }
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

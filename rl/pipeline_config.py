@@ -1,0 +1,171 @@
+"""The configuration of `winnow pipeline`: which stages there are and what each may cost.
+
+`run` holds what every RL run shares (the sections of `winnow train`); `specialist`, `student`, `mixed` and `evaluation` are laid over
+it, so a stage names only what differs. Everything, the resolved config of every stage included, is checked before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from winnow.rl.config import Config, make_config, read_values, typed
+from winnow.rl.config_fields import ConfigError, check_ranges, choice, number
+
+STAGES = ("base", "convert", "specialists", "data", "student", "mixed", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How the specialists' verified data are made."""
+
+    tasks: int = number(128, low=1)  # training prompts per domain
+    samples: int = number(4, low=1)  # per prompt
+    temperature: float = number(1.0, low=0, open_low=True)
+    threshold: float = number(1.0, low=0)  # least reward of a row
+    best: int = number(2, low=1)  # rows kept per prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Supervised fine-tuning of the base on those data."""
+
+    epochs: int = number(2, low=1)
+    batch_tokens: int = number(4096, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    name: str = "pipeline"
+    seed: int = number(0, low=0)
+    runs_dir: str = "runs"
+    stages: list = field(default_factory=lambda: list(STAGES))
+    model: str = ""  # a model folder or spec; empty: the base stage trains a small one from scratch
+    base_model: dict = field(default_factory=dict)  # rl/base.py's options
+    convert: dict = field(default_factory=dict)  # rl/convert.py's options
+    convert_data: str = choice(
+        "tasks", "tasks", "options"
+    )  # tasks: conversations of the domains' own kind; options: convert.data
+    run: dict = field(default_factory=dict)
+    specialist: dict = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    student_run: dict = field(default_factory=dict)
+    mixed: dict = field(default_factory=dict)
+    floors: str = (
+        ""  # the domain that is also evaluated with random and with recent positions instead of the index; empty: none
+    )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def domains(self) -> list[str]:
+        return [domain["name"] for domain in self.run["domains"]]
+
+    def stage_run(self, stage: str, model: str, domain: str | None = None) -> Config:
+        """The config of an RL run within the pipeline: `run`, the stage's own keys over it, one domain or all."""
+        over = {"specialist": self.specialist, "mixed": self.mixed, "student": self.student_run}.get(stage, {})
+        values = merged(self.run, over)
+        values["model"] = {**values.get("model", {}), "path": model}
+        values |= {"name": f"{stage}-{domain}" if domain else stage, "runs_dir": str(self.folder), "seed": self.seed}
+        if domain is not None:
+            values["domains"] = [section for section in values["domains"] if section["name"] == domain]
+        return make_config(values)
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The pipeline in a YAML file (over its `base:` files) with `key=value` overrides. Raises ConfigError."""
+    return make_pipeline(read_values(path), overrides)
+
+
+def make_pipeline(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Builds and checks the pipeline and every config within it. Raises ConfigError."""
+    pipeline = typed(PipelineConfig, values, overrides)
+    check_ranges(pipeline)
+    check(pipeline)
+    return pipeline
+
+
+def check(pipeline: PipelineConfig) -> None:
+    """Raises ConfigError for stages out of order, missing domains, and anything wrong in a stage's own config."""
+    unknown = [stage for stage in pipeline.stages if stage not in STAGES]
+    if unknown:
+        raise ConfigError(f"stages holds {unknown[0]!r}, but a pipeline's stages are {', '.join(STAGES)}")
+    if pipeline.stages != [stage for stage in STAGES if stage in pipeline.stages]:
+        raise ConfigError(f"stages are {pipeline.stages}, but they run in the order {', '.join(STAGES)}: sort the list")
+    for needs, needed in (("data", "specialists"), ("student", "data"), ("mixed", "student")):
+        if needs in pipeline.stages and needed not in pipeline.stages:
+            raise ConfigError(f"stages has {needs!r} without {needed!r}, which it works on: add {needed!r}")
+    if not pipeline.model and "base" not in pipeline.stages:
+        raise ConfigError(
+            "model is empty and stages has no 'base': set model to a model folder or add 'base' to the stages"
+        )
+    if not isinstance(pipeline.run.get("domains"), list) or not pipeline.run["domains"]:
+        raise ConfigError(
+            "run.domains is empty: a pipeline needs at least one domain, e.g. run: {domains: [{name: maths, source: lookup}]}"
+        )
+    for stage in ("specialist", "student", "mixed"):
+        pipeline.stage_run(stage, pipeline.model or "base")
+    for domain in pipeline.domains:
+        pipeline.stage_run("specialist", pipeline.model or "base", domain)
+    if pipeline.floors and pipeline.floors not in pipeline.domains:
+        raise ConfigError(f"floors is {pipeline.floors!r}, but the domains are {', '.join(pipeline.domains)}")
+    convert_options(pipeline)
+    if not pipeline.model:
+        base_options(pipeline)
+
+
+def convert_options(pipeline: PipelineConfig) -> Any:
+    """The conversion's options. Raises ConfigError."""
+    from winnow.rl.convert import ConvertOptions
+
+    return _options(ConvertOptions, {"seed": pipeline.seed, **pipeline.convert}, "convert.")
+
+
+def base_options(pipeline: PipelineConfig) -> Any:
+    """The options of the base model, which learns the domains' own kinds of task. Raises ConfigError."""
+    from winnow.rewards.demonstrations import PRETRAINING_KINDS
+    from winnow.rl.base import BaseOptions
+
+    kinds = [domain["source"] for domain in pipeline.run["domains"] if domain.get("source") in PRETRAINING_KINDS]
+    if not kinds:
+        raise ConfigError(
+            f"model is empty, but the base stage can only learn the kinds {', '.join(PRETRAINING_KINDS)}, which no domain has as its source: "
+            "set model to a model folder"
+        )
+    options = _options(BaseOptions, {"seed": pipeline.seed, **pipeline.base_model}, "base_model.")
+    return replace(options, kinds=tuple(kinds))
+
+
+def _options(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    try:
+        return typed(kind, values, prefix=prefix)
+    except ConfigError:
+        raise
+    except ValueError as error:  # the dataclass's own checks
+        raise ConfigError(str(error)) from None
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, `over` winning. Domains are matched by name, so that a stage changes one key of one domain."""
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in under.items()}
+    for key, value in over.items():
+        if key == "domains":
+            result[key] = _merged_domains(result.get(key, []), value)
+        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _merged_domains(under: Sequence[Mapping[str, Any]], over: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    changes = {section.get("name"): section for section in over}
+    strangers = set(changes) - {section.get("name") for section in under}
+    if strangers:
+        raise ConfigError(f"domains {sorted(map(str, strangers))} are not in run.domains: add them there")
+    return [{**section, **changes.get(section.get("name"), {})} for section in under]

@@ -1,0 +1,95 @@
+"""What `--dry-run` prints: the resolved config, where its processes go, and how much memory they will want. Starts nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from winnow.rl.cluster import bundles
+from winnow.rl.config import Config, to_yaml
+
+BYTES = {"float32": 4, "bfloat16": 2}
+ACTIVATIONS = 40  # numbers kept for the backward pass per token, layer and hidden unit; a dozen with checkpointing
+CHECKPOINTED = 2
+GIB = 1 << 30
+
+
+def describe_plan(config: Config) -> str:
+    """The whole plan as text. A model that is not there (yet) is said to be so instead of estimated."""
+    return "\n".join(
+        [
+            "# resolved config",
+            to_yaml(config).rstrip(),
+            "",
+            "# placement",
+            *placement(config),
+            "",
+            "# memory",
+            *memory(config),
+        ]
+    )
+
+
+def placement(config: Config) -> list[str]:
+    """One line a process."""
+    names = ["learner", *(f"rollout worker {i}" for i in range(config.rollout.workers))]
+    address = os.environ.get("RAY_ADDRESS") or config.cluster.address
+    where = "Ray started on this machine" if address == "local" else f"the Ray cluster at {address}"
+    lines = [
+        f"{where}, placement group {config.cluster.strategy}, {sum(b.get('CPU', 0) for b in bundles(config)):.0f} CPUs in all"
+    ]
+    for name, bundle in zip(names, bundles(config), strict=True):
+        lines.append(f"  {name}: " + ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items()))
+    return lines
+
+
+def memory(config: Config) -> list[str]:
+    """Estimates of the learner's and of one worker's memory, with what they are made of."""
+    shape = read_shape(config.model.path)
+    if shape is None:
+        return [f"  not known: {config.model.path} is not a folder on this machine yet"]
+    size = BYTES[config.model.dtype]
+    weights = shape["parameters"] * size
+    kept = CHECKPOINTED if config.learner.checkpointing else ACTIVATIONS
+    activations = config.learner.micro_tokens * shape["layers"] * shape["hidden"] * kept * size
+    learner = {"weights": weights, "gradients": weights, "AdamW": shape["parameters"] * 8, "activations": activations}
+    if config.reference_path:
+        learner["reference"] = weights
+    tokens = config.rollout.num_pages * config.rollout.page_size
+    cache = tokens * shape["layers"] * (2 * shape["kv_width"] * size + shape["index_width"] * 4)
+    worker = {"weights": weights, f"cache of {tokens:,} tokens": cache}
+    lines = [
+        f"  {shape['parameters'] / 1e6:.1f} M parameters, {shape['layers']} layers, hidden {shape['hidden']} (an estimate, not a measurement)"
+    ]
+    for name, parts in (("learner", learner), ("each rollout worker", worker)):
+        total = " + ".join(f"{part} {amount / GIB:.2f}" for part, amount in parts.items())
+        lines.append(f"  {name}: {sum(parts.values()) / GIB:.2f} GiB = {total}")
+    return lines
+
+
+def read_shape(path: str) -> dict[str, Any] | None:
+    """Sizes of the model in a folder, from config.json and the safetensors headers; None where there is no such folder."""
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text())
+    heads = config.get("num_attention_heads", 1)
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    return {
+        "parameters": sum(count_parameters(file) for file in folder.glob("*.safetensors")),
+        "layers": config["num_hidden_layers"],
+        "hidden": config["hidden_size"],
+        "kv_width": head * (config.get("num_key_value_heads") or heads),
+        "index_width": (config.get("winnow") or {}).get("head_dim", 0),
+    }
+
+
+def count_parameters(file: Path) -> int:
+    """The numbers in a safetensors file, from its header alone: 8 bytes of length, then JSON with every tensor's shape."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -1,0 +1,196 @@
+"""What each verb of the command line does. Every function takes the parsed arguments and returns an exit code (None is 0).
+
+Heavy imports stand inside the functions, so that `winnow --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from winnow.rl.config import typed
+    from winnow.rl.convert import ConvertOptions
+    from winnow.rl.convert import convert as run
+
+    run(arguments.model, arguments.out, typed(ConvertOptions, {}, arguments.overrides), progress=say)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from winnow.rl.config import load_config
+
+    config = load_config(find_config(arguments.config), arguments.overrides)
+    if arguments.dry_run:
+        from winnow.rl.plan import describe_plan
+
+        print(describe_plan(config))
+        return 0
+    from winnow.models.load import read_config, resolve
+    from winnow.rl.report import write_report
+    from winnow.rl.train import train as run
+
+    read_config(resolve(config.model.path))  # before any process is started
+
+    result = run(config, progress=say)
+    say(f"run folder {config.folder}, report {write_report(config.folder)}")
+    if result["status"] != "done":
+        say(f"{result['status']}: the same command with resume=true goes on from step {result['step']}")
+        return 130
+    return 0
+
+
+def distill(arguments: argparse.Namespace) -> None:
+    arguments.overrides = [*arguments.overrides, "stages=[base, convert, specialists, data, student]"]
+    pipeline(arguments)
+
+
+def pipeline(arguments: argparse.Namespace) -> None:
+    from winnow.rl.pipeline_config import load_pipeline
+
+    config = load_pipeline(find_config(arguments.config), arguments.overrides)
+    if arguments.dry_run:
+        print(describe_pipeline(config))
+        return
+    from winnow.models.load import read_config, resolve
+    from winnow.rl.pipeline import run_pipeline
+
+    if config.model:
+        read_config(resolve(config.model))
+    run_pipeline(config, say)
+
+
+def describe_pipeline(config: Any) -> str:
+    from winnow.rl.config import to_yaml
+    from winnow.rl.plan import memory, placement
+
+    model = config.model or str(config.folder / "sparse")
+    lines = ["# resolved pipeline", to_yaml(config).rstrip(), "", "# stages"]
+    for stage in config.stages:
+        if stage == "specialists":
+            runs = [config.stage_run("specialist", model, domain) for domain in config.domains]
+            lines += [
+                f"  {run.name}: {run.schedule.steps} steps of {run.prompts_per_step} prompts x {run.rollout.samples}"
+                for run in runs
+            ]
+        elif stage == "mixed":
+            run = config.stage_run("mixed", model)
+            lines.append(
+                f"  mixed: {run.schedule.steps} steps of {run.prompts_per_step} prompts x {run.rollout.samples}"
+            )
+        else:
+            lines.append(f"  {stage}")
+    shared = config.stage_run("mixed", model)
+    return "\n".join(
+        [*lines, "", "# placement (one cluster for all stages)", *placement(shared), "", "# memory", *memory(shared)]
+    )
+
+
+def eval(arguments: argparse.Namespace) -> None:
+    from winnow.rewards.benchmarks import load_benchmark
+    from winnow.rl.evaluate import evaluate, make_requests, table
+    from winnow.rl.local import local_pool
+
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    tasks = []
+    for name in names:
+        found = load_benchmark(name, arguments.limit, arguments.seed, arguments.level, arguments.data)
+        tasks += [renamed(task, Path(name).stem) for task in found]
+    requests = make_requests(
+        tasks,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        max_tokens=arguments.max_tokens,
+        max_turns={Path(name).stem: arguments.max_turns for name in names},
+        seed=arguments.seed,
+    )
+    answers = Path(arguments.out or f"{Path(arguments.model).name}.answers.jsonl")
+    with local_pool(arguments, requests) as pool:
+        results = evaluate(pool.generate, requests, answers=answers, tokenizer=pool.runner.engine.tokenizer)
+    print(table(results))
+    say(f"every answer: {answers}")
+
+
+def renamed(task: Any, domain: str) -> Any:
+    """The task under the benchmark's name, so that two benchmarks of one domain stay apart in the table."""
+    import dataclasses
+
+    return dataclasses.replace(task, domain=domain)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from winnow.rl.generate import answer_prompts, read_prompts
+    from winnow.rl.local import local_pool
+
+    requests = read_prompts(arguments.prompts, arguments)
+    with local_pool(arguments, requests) as pool:
+        rows = answer_prompts(pool.generate, requests)
+        if arguments.out:
+            count = write_lines(Path(arguments.out), rows)
+            say(f"{count} answers: {arguments.out}")
+        else:
+            for row in rows:
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            count += 1
+    return count
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    from winnow.rl.submit import submit_job
+
+    command = (
+        [word for word in arguments.command if word != "--"] if arguments.command[:1] == ["--"] else arguments.command
+    )
+    return submit_job(command, arguments.address, arguments.timeout, say, arguments.python)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from winnow.rl.bench import measure
+
+    print(json.dumps(measure(arguments.what, arguments.model, arguments.threads, arguments.seconds), indent=1))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from winnow.rl.report import write_report
+
+    print(write_report(Path(arguments.run), Path(arguments.out) if arguments.out else None))
+
+
+def find_config(name: str) -> Path:
+    """A YAML file, or a shipped one by its name. Raises ValueError listing the shipped ones."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if path.stem in shipped and path.parent.name in ("", "configs"):
+        return shipped[path.stem]
+    raise ValueError(f"config file {name} does not exist, and the shipped configs are {', '.join(shipped)}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of every YAML in winnow.configs."""
+    import winnow.configs as package
+
+    # importlib.resources cannot read this one: an editable install adds an entry to the path that is no folder
+    folders = [Path(place) for place in package.__path__ if Path(place).is_dir()]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def say(text: str) -> None:
+    """Progress, on standard error: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+__all__: Sequence[str] = ("bench", "convert", "distill", "eval", "generate", "pipeline", "report", "submit", "train")
