@@ -205,7 +205,7 @@ def rubric_fields(rng: Random, facts: list[Fact], level: int, slots: list[int]) 
     The name stands last, as in the other kinds: a small model then finds it at the same distance from where its reply begins.
     """
     asked, words = [facts[slot].name for slot in slots], [facts[slot].value for slot in slots]
-    length, mark = 2 * len(words) + rng.randint(0, 2), rng.choice(MARKS)
+    length, mark = 2 * len(words) + rng.randint(0, min(level, 2)), rng.choice(MARKS)
     criteria: list[dict[str, Any]] = [{"type": "num_words", "value": length, "weight": 1.0}]
     criteria += [{"type": "use_word", "value": word, "weight": 2.0} for word in words]
     text = f"write {length} words . end with {mark} ."

@@ -52,14 +52,14 @@ class BaseOptions:
     layers: int = 2
     heads: int = 4
     context: int = 1024
-    kinds: tuple[str, ...] = ("lookup", "tool", "rubric")
+    kinds: tuple[str, ...] = ("lookup", "rubric", "tool", "rubric")  # in turn: rubrics need twice the examples
     level: int = 1
     recitals: int = 300  # steps on repeated lists of facts, at most
-    documents: int = 44  # steps on documents with many questions
-    tasks: int = 56  # steps on single, partly wrong demonstrations
+    documents: int = 40  # steps on documents with many questions
+    tasks: int = 64  # steps on single, partly wrong demonstrations
     batch: int = 16  # conversations a step
     lr: float = 3e-3
-    noise: float = 0.5  # share of wrong demonstrations
+    noise: float = 0.6  # share of wrong demonstrations
     threads: int = 1  # small matrices: a second thread gains little, and spins where the machine is busy
 
     def __post_init__(self) -> None:
@@ -134,13 +134,14 @@ def make_model(tokenizer: Any, options: BaseOptions) -> Any:
 
 @torch.no_grad()
 def mimetic_init(model: Any, options: BaseOptions) -> None:
-    """Values aligned with outputs in every head, queries with keys in every layer but the first, whose heads look 1, 2, ... back."""
+    """Predictions aligned with embeddings, values with outputs in every head, queries with keys in every layer but the first, whose heads look 1, 2, ... back."""
     head = options.hidden // options.heads
     frequency = 10000.0 ** (-torch.arange(0, head, 2) / head)  # radians per token of each rotary pair
     slow = (
         (frequency * 150 < 1.5).repeat(2).nonzero()[:, 0]
     )  # pairs that barely turn over a prompt: they can match content
     model.model.embed_tokens.weight.normal_(0, 1)
+    model.lm_head.weight.copy_(0.1 * model.model.embed_tokens.weight)  # what a head copies is also what is predicted
     for number, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         layer.mlp.down_proj.weight *= 0.2
@@ -235,7 +236,8 @@ def lessons(
         review = end.value
     for start in range(0, len(conversations), options.batch):
         left = 1 - start / len(conversations)
-        yield [*conversations[start : start + options.batch], *rng.sample(review, 4)], 0.05 + 0.95 * left
+        rate = min(1.0, (start // options.batch + 1) / 10) * (0.05 + 0.75 * left)
+        yield [*conversations[start : start + options.batch], *rng.sample(review, 4)], rate
 
 
 def fit(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 420, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 84, 12, 26
+WIDTH, HEIGHT = 320, 190
+LEFT, RIGHT, TOP, BOTTOM = 40, 72, 12, 26
 NUM_COLOURS = 6
 
 
@@ -75,8 +75,8 @@ def interval_chart(
     rows: Sequence[Interval], *, mark: float | None = None, mark_label: str = "", label: str = ""
 ) -> str:
     """Dots with whiskers on a 0-1 axis, one row each; `mark` is a dashed reference line."""
-    left, right, step = 110, 56, 26
-    width, height = 520, step * len(rows) + 40
+    left, right, step = 92, 48, 26
+    width, height = 320, step * len(rows) + 40
     span = width - left - right
     parts = [_open(width, height, label)]
     for tick in (0, 0.25, 0.5, 0.75, 1):
@@ -106,7 +106,7 @@ def interval_chart(
 
 def strip(length: int, rows: Sequence[tuple[str, Sequence[int]]], query: int, label: str = "") -> str:
     """Which of `length` positions each row (a layer) chose: a mark per position; the query's own position is outlined."""
-    left, cell_h, width = 54, 14, 720
+    left, cell_h, width = 54, 16, 1080
     height = cell_h * len(rows) + 20
     cell = (width - left) / max(1, length)
     parts = [_open(width, height, label)]

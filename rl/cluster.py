@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from winnow.rl.checkpoints import Checkpoint
 from winnow.rl.config import Config
 from winnow.rl.run import code_version
+from winnow.rollout.schema import Group, Request
 
 CLOSE_TIMEOUT_S = 30.0
 
@@ -46,6 +47,11 @@ class Cluster:
         version = checkpoint.step if checkpoint else 0
         self.pool.push_weights(self.learner.weights(version), version)
         return info
+
+    def generate(self, requests: Sequence[Request]) -> list[Group]:
+        """All groups, in the order of their requests: the order of arrival must not matter."""
+        order = {request.request_id: number for number, request in enumerate(requests)}
+        return sorted(self.pool.generate(requests), key=lambda group: order[group.request.request_id])
 
     def close(self) -> None:
         """Ends every process this cluster started. Safe to call twice."""

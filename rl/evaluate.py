@@ -40,6 +40,8 @@ class DomainResult:
     num_tasks: int
     num_samples: int
     reward: float
+    reward_low: float  # 95 % interval of the mean reward, also by task
+    reward_high: float
     length: float  # generated tokens
     truncated: float  # share of samples that ran out of tokens
     failures: int = 0
@@ -104,14 +106,16 @@ def evaluate(
 
 def summarise(domain: str, groups: Sequence[Group], baseline: bool = True) -> DomainResult:
     """The result of one domain's graded groups."""
-    per_task, rewards, failures = [], [], 0
+    per_task, per_task_reward, rewards, failures = [], [], [], 0
     for group in groups:
         scores = [score for score in group.scores if isinstance(score, Score)]
         failures += len(group.scores) - len(scores)
         rewards += [score.value for score in scores]
         if scores:
             per_task.append(float(np.mean([success(score) for score in scores])))
+            per_task_reward.append(float(np.mean([score.value for score in scores])))
     mean, low, high = interval(per_task)
+    reward, reward_low, reward_high = interval(per_task_reward)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     tasks = [group.request.task for group in groups]
     max_turns = max(group.request.max_turns for group in groups)
@@ -123,7 +127,9 @@ def summarise(domain: str, groups: Sequence[Group], baseline: bool = True) -> Do
         high=high,
         num_tasks=len(per_task),
         num_samples=len(rewards),
-        reward=float(np.mean(rewards)) if rewards else 0.0,
+        reward=reward,
+        reward_low=reward_low,
+        reward_high=reward_high,
         length=float(np.mean([t.num_generated for t in trajectories])),
         truncated=float(np.mean([t.finish_reason == "length" for t in trajectories])),
         failures=failures,

@@ -281,32 +281,67 @@ def summary(models: Mapping[str, str], evaluation: Mapping[str, Any], manifest: 
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """Solved held-out tasks by domain and model, with 95 % intervals, as text."""
-    rows = [["solved (95 % interval)", *MODELS, "best constant", "tasks"]]
-    for domain in result["domains"]:
-        cells, tasks = [], 0
-        for column in MODELS:
-            found = (
-                result["evaluation"].get(f"specialist-{domain}" if column == "specialist" else column, {}).get(domain)
-            )
-            tasks = found["num_tasks"] if found else tasks
-            cells.append(f"{found['mean']:.3f} ({found['low']:.2f}-{found['high']:.2f})" if found else "-")
-        rows.append([domain, *cells, f"{result['domains'][domain].get('constant', 0.0):.3f}", str(tasks)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    """Held-out tasks solved and mean rewards by domain and model, with 95 % intervals; then the floors and what attention saw."""
+    lines = figures(result, "solved", "mean", "low", "high")
+    graded = [
+        d for d, row in result["domains"].items() if _partly(result, d)
+    ]  # elsewhere the reward is the share solved
+    if graded:
+        lines += [
+            "",
+            *figures(
+                {**result, "domains": {d: result["domains"][d] for d in graded}},
+                "mean reward",
+                "reward",
+                "reward_low",
+                "reward_high",
+            ),
+        ]
+    lines.append("")
     for name, results in result["evaluation"].items():
         for domain, r in results.items():
             if name.endswith(FLOORS):
+                rule = name.rsplit("-", 1)[1]
                 lines.append(
-                    f"{domain} with {name.rsplit('-', 1)[1]} positions instead of the index: {r['mean']:.3f} ({r['low']:.2f}-{r['high']:.2f})"
+                    f"{domain} with {rule} positions instead of the index: {r['mean']:.3f} ({r['low']:.2f}-{r['high']:.2f})"
                 )
-            elif name == "mixed" and r["attention"]:
+            elif name == list(result["models"])[-1] and r["attention"]:
                 a = r["attention"]
                 lines.append(
                     f"{domain}: {a['mean_selected']:.1f} of {a['mean_available']:.1f} positions attended to, "
                     f"{a['sparse_rows']:.0%} of the queries see more than they may choose"
                 )
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
+
+
+def figures(result: Mapping[str, Any], title: str, middle: str, low: str, high: str) -> list[str]:
+    """One table: a row a domain, a column a model."""
+    columns = [c for c in MODELS if any(c in names for names in _columns(result))]
+    solved = middle == "mean"
+    rows = [[f"{title} (95 % interval)", *columns, *(["best constant"] if solved else []), "tasks"]]
+    for domain in result["domains"]:
+        cells, tasks = [], 0
+        for column in columns:
+            found = (
+                result["evaluation"].get(f"specialist-{domain}" if column == "specialist" else column, {}).get(domain)
+            )
+            tasks = found["num_tasks"] if found else tasks
+            cells.append(f"{found[middle]:.3f} ({found[low]:.2f}-{found[high]:.2f})" if found else "-")
+        constant = [f"{result['domains'][domain].get('constant', 0.0):.3f}"] if solved else []
+        rows.append([domain, *cells, *constant, str(tasks)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _columns(result: Mapping[str, Any]) -> list[list[str]]:
+    return [["specialist" if name.startswith("specialist-") else name] for name in result["evaluation"]]
+
+
+def _partly(result: Mapping[str, Any], domain: str) -> bool:
+    """Whether the domain's reward is not simply 1 for a solved task and 0 for another."""
+    return any(
+        abs(r[domain]["reward"] - r[domain]["mean"]) > 1e-9 for r in result["evaluation"].values() if domain in r
+    )
 
 
 def run_pipeline(config: PipelineConfig, progress: Callable[[str], object] = print) -> dict[str, Any]:

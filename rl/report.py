@@ -129,9 +129,9 @@ def result_sections(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield section(
         "Held-out tasks solved",
-        "<p>Share of held-out tasks solved, greedy, with 95 % intervals. The specialist was trained on its own domain only; the student "
+        "<p>Share of held-out tasks solved, with 95 % intervals. The specialist was trained on its own domain only; the student "
         "learned from the specialists’ verified data; the mixed model is the student after one GRPO stage over all domains.</p>"
-        + grid(cards)
+        + grid(cards, "grid few")
         + details("The figures", table(head, rows)),
     )
 
@@ -312,8 +312,8 @@ def card(title: str, note: str, body: str) -> str:
     return f'<div class="card"><h3>{escape(title)}</h3><p class="quiet">{escape(note)}</p>{body}</div>'
 
 
-def grid(cards: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(cards)}</div>'
+def grid(cards: Sequence[str], kind: str = "grid") -> str:
+    return f'<div class="{kind}">{"".join(cards)}</div>'
 
 
 def details(title: str, body: str) -> str:

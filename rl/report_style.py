@@ -19,7 +19,8 @@ h2 { font-size: 1.25rem; margin: 0 0 .5rem; letter-spacing: -.01em; }
 h3 { font-size: .95rem; margin: 0; }
 section > p { max-width: 46rem; margin: .2rem 0 1rem; }
 .quiet { color: var(--soft); font-size: .82rem; margin: .1rem 0 .5rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
+.grid.few { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem; min-width: 0; }
 .card.wide { margin-bottom: 1rem; }
 svg { width: 100%; height: auto; display: block; font: 12px ui-sans-serif, system-ui, sans-serif; fill: var(--ink); overflow: visible; }

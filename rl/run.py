@@ -175,6 +175,10 @@ def _line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     """step 3/50  reward 0.41 (math 0.38, tool 0.44)  length ...  what a person watching wants to see."""
     rewards = {name.removeprefix("reward/"): value for name, value in metrics.items() if name.startswith("reward/")}
     mean = rewards.pop("mean", 0.0)
+    if step == 0:
+        return "  ".join(
+            ["before training", *(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("eval/") and "_" not in n)]
+        )
     by_domain = ", ".join(f"{name} {value:.3f}" for name, value in rewards.items())
     evals = [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/") and "_" not in name]
     seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))

@@ -28,7 +28,7 @@ from winnow.rl.interrupts import Interrupts
 from winnow.rl.metrics import group_metrics, speed_metrics
 from winnow.rl.run import Run, Stopwatch
 from winnow.rl.sampler import TaskSampler, domain_tasks
-from winnow.rollout.schema import Group, Request
+from winnow.rollout.schema import Group
 
 
 def train(config: Config, cluster: Cluster | None = None, progress: Callable[[str], object] = print) -> dict[str, Any]:
@@ -43,10 +43,13 @@ def train(config: Config, cluster: Cluster | None = None, progress: Callable[[st
     with run, Interrupts() as interrupts, connect(config) if cluster is None else nullcontext(cluster) as cluster:
         cluster.start(config, start)
         try:
+            if config.schedule.eval_every and run.step == 0:  # what the run starts from
+                run.log(0, holdout_metrics(config, cluster.pool.generate, 0))
+                progress(run.flush())
             for step in range(run.step + 1, config.schedule.steps + 1):
                 watch = Stopwatch()
                 with watch("rollout"):
-                    groups = collect(cluster, sampler.requests(step))
+                    groups = cluster.generate(sampler.requests(step))
                 with interrupts.held():
                     run.log(step, learn(config, cluster, step, groups, watch, run))
                     run.step = step
@@ -61,12 +64,6 @@ def train(config: Config, cluster: Cluster | None = None, progress: Callable[[st
             progress(f"interrupted after step {run.step}: saving; resume=true continues")
         save(config, cluster, run)
     return run.result
-
-
-def collect(cluster: Cluster, requests: list[Request]) -> list[Group]:
-    """All groups of a step, in the order of their requests: the order of arrival must not matter."""
-    order = {request.request_id: number for number, request in enumerate(requests)}
-    return sorted(cluster.pool.generate(requests), key=lambda group: order[group.request.request_id])
 
 
 def learn(

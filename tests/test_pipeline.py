@@ -17,7 +17,7 @@ from winnow.distill.store import read_rows
 from winnow.models.load import load, load_tokenizer
 from winnow.rewards.demonstrations import demonstrations, pretraining_texts
 from winnow.rewards.tasks import generate_tasks
-from winnow.rl.base import BaseOptions, make_model, make_tokenizer
+from winnow.rl.base import make_tokenizer
 from winnow.rl.cluster import Cluster, worker_spec
 from winnow.rl.config import Config, ConfigError
 from winnow.rl.learner import Learner
@@ -31,15 +31,27 @@ from winnow.rollout.template import ChatTemplate
 
 def make_babbler(folder: Path) -> Path:
     """A model whose hidden state has one constant coordinate, from which the head reads: a digit or the end, whatever the prompt."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(0)
     tokenizer = make_tokenizer(pretraining_texts(12, 0), 400, 512)
-    model = make_model(tokenizer, BaseOptions(hidden=32, layers=1, heads=2, context=512))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=False, **shape, **ends)
+    )
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 8
-        model.lm_head.weight.mul_(0.1)
         digits = [tokenizer(f"{digit}", add_special_tokens=False)["input_ids"][-1] for digit in range(10)]
+        model.lm_head.weight[:, 0] = 0
         model.lm_head.weight[digits, 0] = 2.0
-        model.lm_head.weight[tokenizer.eos_token_id, 0] = 2.3
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = 2.2
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -64,12 +76,12 @@ def pipeline_config(root: Path, model: Path, *overrides: str) -> PipelineConfig:
         "run": {
             "domains": [{"name": "lookup", "source": "lookup", **domain}, {"name": "sums", "source": "addition", **domain}],
             "rollout": {"samples": 4, "num_pages": 512, "max_batch": 16},
-            "learner": {"lr": 1e-3},
+            "learner": {"lr": 1e-4},
             "indexer": {"train": "kl", "selection": "replay"},
             "schedule": {"steps": 2, "save_every": 0},
             "evaluation": {"limit": 6},
         },
-        "data": {"tasks": 16, "samples": 8},
+        "data": {"tasks": 16, "samples": 16},
         "student": {"epochs": 1, "batch_tokens": 800},
     }  # fmt: skip
     return make_pipeline(values, overrides)

@@ -1,0 +1,287 @@
+"""The pipeline in one process, on a tiny model that says random digits: every stage, and what a restart does and does not do again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from winnow.distill.store import read_rows
+from winnow.models.load import load, load_tokenizer
+from winnow.rewards.demonstrations import demonstrations, pretraining_texts
+from winnow.rewards.tasks import generate_tasks
+from winnow.rl.base import make_tokenizer
+from winnow.rl.cluster import Cluster, worker_spec
+from winnow.rl.config import Config, ConfigError
+from winnow.rl.learner import Learner
+from winnow.rl.manifest import Manifest
+from winnow.rl.pipeline import Pipeline, result_table
+from winnow.rl.pipeline_config import PipelineConfig, make_pipeline
+from winnow.rl.rendering import TrainingTemplate
+from winnow.rollout.local_pool import LocalPool
+from winnow.rollout.template import ChatTemplate
+
+
+def make_babbler(folder: Path) -> Path:
+    """A model whose hidden state has one constant coordinate, from which the head reads: a digit or the end, whatever the prompt."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(pretraining_texts(12, 0), 400, 512)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=False, **shape, **ends)
+    )
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 8
+        digits = [tokenizer(f"{digit}", add_special_tokens=False)["input_ids"][-1] for digit in range(10)]
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[digits, 0] = 2.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = 2.2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_babbler(tmp_path_factory.mktemp("models") / "babbler")
+
+
+def pipeline_config(root: Path, model: Path, *overrides: str) -> PipelineConfig:
+    domain = {"count": 24, "holdout": 6, "quota": 4, "max_tokens": 10, "max_turns": 1}
+    values: dict[str, Any] = {
+        "name": "p", "seed": 0,
+        "runs_dir": str(root),
+        "model": str(model),
+        "floors": "lookup",
+        "convert": {
+            "top_k": 8, "index_heads": 2, "index_dim": 8, "index_rope_dim": 4, "seq_len": 96, "warmup_batches": 2, "warmup_tokens": 400,
+            "warmup_passes": 1, "sparse_steps": 1, "sparse_tokens": 300, "holdout_tokens": 200,
+        },
+        "run": {
+            "domains": [{"name": "lookup", "source": "lookup", **domain}, {"name": "sums", "source": "addition", **domain}],
+            "rollout": {"samples": 4, "num_pages": 512, "max_batch": 16},
+            "learner": {"lr": 1e-4},
+            "indexer": {"train": "kl", "selection": "replay"},
+            "schedule": {"steps": 2, "save_every": 0},
+            "evaluation": {"limit": 6},
+        },
+        "data": {"tasks": 16, "samples": 16},
+        "student": {"epochs": 1, "batch_tokens": 800},
+    }  # fmt: skip
+    return make_pipeline(values, overrides)
+
+
+class Here:
+    """Stands for `connect`: learner and pool in this process. Counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+
+    @contextmanager
+    def __call__(self, config: Config) -> Iterator[Cluster]:
+        self.connections += 1
+        yield Cluster(Learner(config), LocalPool(worker_spec(config)))
+
+
+def run(config: PipelineConfig, say: Any = None) -> tuple[dict[str, Any], list[str], Here]:
+    lines: list[str] = []
+    here = Here()
+    result = Pipeline(config, lambda text: (lines.append(text), say(text) if say else None), here).run()
+    return result, lines, here
+
+
+def done_now(lines: list[str]) -> list[str]:
+    return [line.split("] ")[1].split(":")[0] for line in lines if ": done in " in line]
+
+
+@pytest.fixture(scope="module")
+def finished(babbler: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str], Here]:
+    root = tmp_path_factory.mktemp("runs")
+    return root, *run(pipeline_config(root, babbler))
+
+
+STAGES = [
+    "convert", "specialist-lookup", "specialist-sums", "data-lookup", "data-sums", "student", "mixed", "evaluation-base",
+    "evaluation-specialist-lookup", "evaluation-specialist-sums", "evaluation-student", "evaluation-mixed", "evaluation-mixed-random",
+    "evaluation-mixed-recent",
+]  # fmt: skip
+
+
+def test_every_stage_leaves_what_it_promises(finished: tuple[Path, dict[str, Any], list[str], Here]) -> None:
+    root, result, lines, here = finished
+    assert done_now(lines) == STAGES
+    assert here.connections == 1, "one cluster serves all stages"
+    assert set(result["domains"]) == {"lookup", "sums"}
+    assert {"base", "specialist", "student", "mixed", "constant"} <= set(result["domains"]["sums"])
+    assert {"mixed-random", "mixed-recent"} <= set(result["domains"]["lookup"]) - set(result["domains"]["sums"])
+    assert json.loads((root / "p" / "result.json").read_text()) == result
+    found = result["evaluation"]["mixed"]["lookup"]
+    assert found["num_tasks"] == 6 and found["low"] <= found["mean"] <= found["high"]
+    assert 0 < found["attention"]["mean_selected"] <= 8 < found["attention"]["mean_available"]
+    assert found["attention"]["sparse_rows"] > 0.8
+    assert "lookup with random positions" in result_table(result)
+    assert (root / "p" / "report.html").stat().st_size > 10_000
+
+
+def test_the_students_data_are_verified_and_name_their_specialist(
+    finished: tuple[Path, dict[str, Any], list[str], Here],
+) -> None:
+    root, result, _, _ = finished
+    rows = read_rows(root / "p" / "data" / "lookup.jsonl")
+    assert rows and all(row.reward >= 1 and row.specialist == "specialist-lookup" for row in rows)
+    assert {row.checkpoint for row in rows} == {result["models"]["specialist-lookup"]}
+    assert all(row.index["mean_selected"] <= 8 for row in rows)
+
+
+def test_every_model_differs_from_the_one_it_was_made_from(
+    finished: tuple[Path, dict[str, Any], list[str], Here],
+) -> None:
+    _, result, _, _ = finished
+    weights = {name: load(path).state_dict() for name, path in result["models"].items()}
+    for name, origin in (("specialist-sums", "base"), ("student", "base"), ("mixed", "student")):
+        moved = [key for key in weights[name] if not torch.equal(weights[name][key], weights[origin][key])]
+        assert any(".indexer." in key or "index" in key for key in moved), f"{name}: the indexer did not learn"
+        assert any("lm_head" in key for key in moved), f"{name}: the model did not learn"
+
+
+def test_a_restart_does_nothing_twice(finished: tuple[Path, dict[str, Any], list[str], Here], babbler: Path) -> None:
+    root, result, _, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in (root / "p").rglob("*.safetensors")}
+    again, lines, here = run(pipeline_config(root, babbler))
+    assert done_now(lines) == [] and here.connections == 0
+    assert again["domains"] == result["domains"]
+    assert {file: file.stat().st_mtime_ns for file in (root / "p").rglob("*.safetensors")} == before
+
+
+def test_a_changed_stage_is_done_again_with_all_that_follow_from_it(babbler: Path, tmp_path: Path) -> None:
+    short = "stages=[convert, specialists, data, student]"
+    run(pipeline_config(tmp_path, babbler, short))
+    _, lines, _ = run(pipeline_config(tmp_path, babbler, short, "data.tasks=15"))
+    assert done_now(lines) == ["data-lookup", "data-sums", "student"]
+    (tmp_path / "p" / "data" / "sums.jsonl").unlink()
+    _, lines, _ = run(pipeline_config(tmp_path, babbler, short, "data.tasks=15"))
+    assert done_now(lines) == ["data-sums"], "the same inputs give the same rows, so the student need not be made again"
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(babbler: Path, tmp_path: Path) -> None:
+    config = pipeline_config(tmp_path, babbler, "stages=[convert, specialists]", "run.schedule.steps=3")
+
+    def interrupt(text: str) -> None:
+        if "specialist-sums: step 2/3" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, interrupt)
+    assert json.loads((tmp_path / "p" / "specialist-sums" / "result.json").read_text())["status"] == "interrupted"
+    _, lines, _ = run(config)
+    assert done_now(lines) == ["specialist-sums"]
+    assert any("specialist-sums: resuming" in line for line in lines)
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "p" / "specialist-sums" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [1, 2, 3]
+
+
+def test_a_stage_without_verified_rows_says_which_and_why(babbler: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"domain 'lookup' has no verified row: pass rate 0\.0%.*threshold 5"):
+        run(pipeline_config(tmp_path, babbler, "data.threshold=5", "stages=[convert, specialists, data]"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dta.tasks=4", "unknown key dta: did you mean data"),
+        ("data.task=4", "did you mean data.tasks"),
+        ("data.best=0", "data.best is 0, but it must be >= 1"),
+        ("stages=[student]", "'student' without 'data'"),
+        ("stages=[mixed, student, data, specialists]", "in the order"),
+        ("stages=[convrt]", "a pipeline's stages are base, convert"),
+        ("run.learner.lr=-1", "learner.lr is -1"),
+        ("specialist.domains=[{name: x}]", "not in run.domains"),
+        ("mixed.schedule.step=1", "did you mean schedule.steps"),
+        ("convert.topk=1", "did you mean convert.top_k"),
+        ("convert.seq_len=4", "seq_len"),
+        ("floors=maths", "the domains are lookup, sums"),
+        ("run.domains=[]", "at least one domain"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_anything_starts(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        pipeline_config(tmp_path, tmp_path / "m", override)
+
+
+def test_a_stage_changes_one_key_of_one_domain(tmp_path: Path) -> None:
+    config = pipeline_config(tmp_path, tmp_path / "m", "mixed.domains=[{name: sums, beta: 0.5}]")
+    betas = {domain.name: domain.beta for domain in config.stage_run("mixed", "m").domains}
+    assert betas == {"lookup": 0.0, "sums": 0.5}
+    assert [domain.name for domain in config.stage_run("specialist", "m", "sums").domains] == ["sums"]
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        Manifest(tmp_path, "1", print)
+
+
+def test_training_conversations_are_the_very_tokens_of_a_rollout(babbler: Path) -> None:
+    tokenizer = load_tokenizer(babbler)
+    template, chat = TrainingTemplate(tokenizer), ChatTemplate(tokenizer)
+    task = generate_tasks("tool")[0]
+    messages = demonstrations(task, Random(0))
+    ids, mask = template.render(messages)
+    expected, drawn = chat.prompt_ids(messages[:1]), []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            reply = [*tokenizer(message["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            drawn += list(range(len(expected), len(expected) + len(reply)))
+            expected += reply
+            following = messages[number + 1 : number + 2]
+            if following:
+                expected += chat.observation_ids(messages[: number + 1], following, expected[-1])
+    assert ids == expected
+    assert np.flatnonzero(mask).tolist() == drawn
+
+
+def test_a_template_with_text_after_the_end_mark_is_not_learned() -> None:
+    class Tokenizer:
+        """One token a character; `.` ends a turn, a line break follows it."""
+
+        chat_template, eos_token_id, all_special_ids = "x", ord("."), [ord(".")]
+
+        def apply_chat_template(
+            self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool
+        ) -> str:
+            text = "".join(f"{m['role'][0]}:{m['content']}.\n" for m in messages)
+            return text + ("a:" if add_generation_prompt else "")
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "".join(map(chr, ids))
+
+    talk = [
+        {"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "no"))
+    ]
+    ids, mask = TrainingTemplate(Tokenizer()).render(talk)
+    assert "".join(map(chr, ids)) == "u:hi.\na:yo.\nu:so.\na:no."
+    assert "".join(chr(i) if m else "_" for i, m in zip(ids, mask, strict=True)) == "_" * 8 + "yo." + "_" * 9 + "no."
