@@ -1,0 +1,181 @@
+"""Every Triton kernel compiles for SM80, SM86, SM89 and SM90 without a GPU, within each chip's shared memory.
+
+Runs itself in a fresh process: kernels imported under the interpreter cannot be compiled. `python test_kernels_aot.py sm90` prints
+what each kernel uses.
+"""
+
+# ruff: noqa: C408
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+def kernels(sm):
+    """(name, kernel, types of the pointer and scalar arguments, constants, warps, stages) of the shapes that are timed."""
+    from winnow.kernels import gqa_decode, indexer_logits, invariant, mla_decode, quant, topk
+
+    i32, f8 = "*i32", sm >= 89
+    gqa = {
+        "HKV": 8,
+        "GROUP": 4,
+        "JOIN": 1,
+        "D": 128,
+        "PAGE": 64,
+        "SPLITS": 4,
+        "CHUNK": 512,
+        "STEPS": 8,
+        "BLOCK_H": 16,
+        "BLOCK_N": 64,
+        "BLOCK_D": 128,
+        "UNROLL": 4,
+    }
+    yield "gqa_decode", gqa_decode._gqa_decode, dict(
+        q="*bf16", k_cache="*bf16", v_cache="*bf16", table=i32, indices=i32, counts=i32, seq_lens=i32, sink="*fp32", out="*bf16", lse="*fp32",
+        part_out="*fp32", part_lse="*fp32", arrivals=i32, scale_log2="fp32", capacity="i32", index_stride="i32", table_stride="i32",
+        token_stride="i32", head_stride="i32",
+    ), gqa | {"IDENTITY": False, "SINK": True, "UPCAST": False}, 4, 3 if SHARED[sm] > 100 * 1024 else 2  # fmt: skip
+    block_h, block_n, warps, stages = mla_decode.plan_for(sm, 4096)
+    mla = {
+        "H": 128,
+        "PAGE": 64,
+        "SPLITS": 4,
+        "CHUNK": 512,
+        "STEPS": 512 // block_n,
+        "BLOCK_H": block_h,
+        "BLOCK_N": block_n,
+        "IDENTITY": False,
+        "SINK": True,
+        "UPCAST": False,
+    }
+    mla_types = dict(
+        table=i32, indices=i32, counts=i32, seq_lens=i32, sink="*fp32", part_out="*fp32", part_lse="*fp32", scale_log2="fp32", capacity="i32",
+        index_stride="i32", table_stride="i32",
+    )  # fmt: skip
+    for fp8 in (False, True):
+        caches = (
+            dict(cache="*u8", scales="*fp32", rope_cache="*bf16")
+            if fp8
+            else dict(cache="*bf16", scales="*bf16", rope_cache="*bf16")
+        )
+        yield f"mla_decode fp8={fp8}", mla_decode._mla_decode, dict(q="*bf16") | caches | mla_types, mla | {
+            "TOKEN": 656 if fp8 else 576, "FP8": fp8, "SOFT": not f8}, warps, stages  # fmt: skip
+    yield "mla_merge", mla_decode._mla_merge, dict(part_out="*fp32", part_lse="*fp32", sink="*fp32", out="*bf16", lse="*fp32"), {
+        "H": 128, "SPLITS": 4, "UNROLL": 4, "SINK": True}, 4, 2  # fmt: skip
+    chunk = {"CHUNKS": 16, "CHUNK": 8192, "GROUP": 32}
+    yield (
+        "topk maxima",
+        topk._maxima,
+        dict(scores="*fp32", lengths=i32, maxima=i32, score_stride="i32", maxima_stride="i32"),
+        chunk,
+        8,
+        2,
+    )
+    for local, cut in ((False, chunk), (True, {"CHUNKS": 1, "CHUNK": 32768, "GROUP": 8})):
+        yield f"topk select local={local}", topk._select, dict(
+            scores="*fp32", lengths=i32, maxima=i32, found=i32, pairs="*i64", listed="*i64", arrivals=i32, bad=i32, out=i32,
+            counts=i32, k="i32", score_stride="i32", wide_stride="i32", maxima_stride="i32", list_stride="i32", out_stride="i32",
+        ), cut | {"BLOCK": 8192, "SPAN": 64, "FOLD": 4096, "TILE": 4096, "K_BLOCK": 2048, "LOCAL": local, "SKIPPED": False, "SOFT": False}, 16, 2  # fmt: skip
+    for fp8 in (False, True):
+        value, head = (
+            ("*u8" if fp8 else "*bf16"),
+            {"H": 64, "D": 128, "PAGE": 64, "BLOCK_N": 64, "BLOCK_H": 64, "FP8": fp8, "SOFT": not f8, "UPCAST": False},
+        )
+        yield f"indexer decode fp8={fp8}", indexer_logits._decode, dict(
+            q=value, cache=value, scales="*fp32" if fp8 else value, w="*fp32", table=i32, seq_lens=i32, out="*fp32", maxima=i32,
+            skip="i32", table_stride="i32", page_stride="i32", out_stride="i32", maxima_stride="i32",
+        ), head | {"CHUNKS": 64, "CHUNK": 512, "MAXIMA": True}, 4, 3 if SHARED[sm] > 100 * 1024 or fp8 else 2  # fmt: skip
+        yield f"indexer prefill fp8={fp8}", indexer_logits._prefill, dict(
+            q=value, cache=value, scales="*fp32" if fp8 else value, w="*fp32", table=i32, ends=i32, out="*fp32", tokens="i32", keys="i32",
+            page_stride="i32", out_stride="i32",
+        ), head | {"QUERIES": 64, "ENDS": True}, 4, 3 if SHARED[sm] > 100 * 1024 or fp8 else 2  # fmt: skip
+    yield "write_index_keys", quant._write_index_keys, dict(k="*bf16", slots="*i64", cache="*u8", scales="*fp32", tokens="i32", page_stride="i32"), {
+        "D": 128, "PAGE": 64, "BLOCK": 16}, 4, 2  # fmt: skip
+    yield (
+        "quantise_query",
+        quant._quantise_query,
+        dict(q="*bf16", w="*fp32", out="*u8", w_out="*fp32", rows="i32"),
+        {"D": 128, "BLOCK": 32},
+        4,
+        2,
+    )
+    yield "write_mla", quant._write_mla, dict(latent="*bf16", rope="*bf16", slots="*i64", cache="*u8", scales="*fp32", rope_cache="*bf16", page_stride="i32"), {
+        "PAGE": 64}, 1, 2  # fmt: skip
+    yield "linear", invariant._linear, dict(
+        x="*bf16", weight="*bf16", bias="*bf16", y="*bf16", parts="*fp32", arrivals=i32, tokens="i32", N="i32", K="i32", x_stride="i32", weight_stride="i32",
+    ), {"PIECES": 4, "PIECE": 512, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 128, "BIAS": True, "UPCAST": False}, 4, 4 if SHARED[sm] > 100 * 1024 else 3  # fmt: skip
+    yield (
+        "rms_norm",
+        invariant._rms_norm,
+        dict(x="*bf16", weight="*bf16", y="*bf16", residual="*bf16", eps="fp32", C="i32"),
+        {"BLOCK": 2048, "RESIDUAL": True},
+        4,
+        2,
+    )
+    yield "softmax", invariant._softmax, dict(x="*bf16", y="*bf16", C="i32"), {"LOG": True, "BLOCK": 4096}, 8, 2
+
+
+def compile_kernel(kernel, types, constants, warps, stages, sm):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in types
+        and (
+            types[name][0] == "*"
+            or (name.endswith("_stride") and name not in ("score_stride", "list_stride"))
+            or name == "K"
+        )
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", sm, 32),
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+    )
+
+
+def main(sm, only=""):
+    for name, kernel, types, constants, warps, stages in kernels(sm):
+        if only in name:
+            built = compile_kernel(kernel, types, constants, warps, stages, sm)
+            assert built.asm["cubin"] and built.metadata.shared <= SHARED[sm], (
+                f"{name} on SM{sm}: {built.metadata.shared} bytes of shared memory"
+            )
+            ptx = built.asm["ptx"]
+            print(
+                name,
+                sm,
+                built.metadata.shared,
+                "wgmma",
+                ptx.count("wgmma.mma_async.sync"),
+                "mma",
+                ptx.count("mma.sync"),
+                "cp.async",
+                ptx.count("cp.async.c"),
+                flush=True,
+            )
+            if os.environ.get("DUMP"):
+                for kind in ("ttgir", "ptx", "cubin"):
+                    data = built.asm[kind]
+                    with open(f"{os.environ['DUMP']}/{name.replace(' ', '_')}.{sm}.{kind}", "wb") as f:
+                        f.write(data if isinstance(data, bytes) else data.encode())
+
+
+@pytest.mark.parametrize("sm", SHARED)
+def test_compiles(sm):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, str(sm)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1].removeprefix("sm")), sys.argv[2] if len(sys.argv) > 2 else "")

@@ -1,0 +1,393 @@
+"""The Triton decode kernels against their float64 references: compiled on a GPU, under Triton's interpreter elsewhere."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+triton = pytest.importorskip("triton")
+
+from winnow.kernels import reference_decode as ref  # noqa: E402
+from winnow.kernels.decode_select import select_decode, select_workspace  # noqa: E402
+from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace  # noqa: E402
+from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill  # noqa: E402
+from winnow.kernels.invariant import linear, rms_norm, softmax  # noqa: E402
+from winnow.kernels.mla_decode import mla_decode  # noqa: E402
+from winnow.kernels.quant import quantise_query, write_index_keys, write_mla  # noqa: E402
+from winnow.kernels.topk import topk  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEV = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32  # the interpreter computes in fp32 only
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+REPEATS = 20 if GPU else 2
+
+
+def seeded(seed):
+    return torch.Generator(device=DEV).manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=None):
+    return torch.randn(*shape, generator=seeded(seed), device=DEV, dtype=torch.float32).to(dtype or DTYPE)
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEV)
+
+
+def pages_for(lengths, page, seed=0):
+    """A shuffled block table for sequences of these lengths, and the number of pages."""
+    need = [-(-max(n, 1) // page) for n in lengths]
+    order = torch.randperm(sum(need) + 2, generator=torch.Generator().manual_seed(seed))
+    table = torch.full((len(lengths), max(need)), -(2**30), dtype=torch.int32)  # an entry nobody may touch
+    for b, n in enumerate(need):
+        table[b, :n] = order[sum(need[:b]) : sum(need[:b]) + n]
+    return table.to(DEV), len(order)
+
+
+def poison(cache, table, lengths, keep):
+    """NaN in every row of the cache that no sequence selected. keep: per sequence the positions that stay."""
+    mask = torch.ones(cache.shape[:2], dtype=torch.bool, device=DEV)
+    page = cache.shape[1]
+    for b, positions in enumerate(keep):
+        for p in positions:
+            if 0 <= p < lengths[b]:
+                mask[int(table[b, p // page]), p % page] = False
+    cache[mask] = float("nan") if cache.is_floating_point() else 0xFF
+    return cache
+
+
+def selections(lengths, k, seed=0, hostile=True):
+    """Random ascending sets with a -1 tail; hostile: sentinels beyond every bound and duplicates in the first row."""
+    indices = torch.full((len(lengths), k), -1, dtype=torch.int32)
+    for b, n in enumerate(lengths):
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed + b))[:k].sort().values
+        indices[b, : len(chosen)] = chosen.int()
+    counts = (indices >= 0).sum(1).int()
+    if hostile and k >= 8:
+        indices[0, 1:6] = torch.tensor([-1, lengths[0], INT_MIN, INT_MAX, int(indices[0, 0])], dtype=torch.int32)
+        counts[0] = max(int(counts[0]), 6)
+    return indices.to(DEV), counts.to(DEV)
+
+
+def close(got, want):
+    """Tolerances: output abs 8e-4 or rel 3/128, cosine distance 7e-6; prints where it fails."""
+    out, out_ref = got[0].double(), want[0]
+    bad = ~((out - out_ref).abs() <= 8e-4 + 3 / 128 * out_ref.abs())
+    assert not bad.any(), (
+        f"{int(bad.sum())} outputs differ, first at {bad.nonzero()[0].tolist()}: {out[bad][0]} for {out_ref[bad][0]}"
+    )
+    if out_ref.abs().sum() > 0:
+        cosine = 1 - 2 * (out * out_ref).sum() / (out.square().sum() + out_ref.square().sum())
+        assert cosine < 7e-6, f"cosine distance {float(cosine)}"
+    empty = want[1] == -torch.inf
+    assert torch.equal(got[1] == -torch.inf, empty) and (out[empty] == 0).all()
+    assert torch.allclose(got[1].double()[~empty], want[1][~empty], rtol=2 / 65536, atol=2e-5)
+
+
+GQA_CASES = [  # heads, kv heads, dim, page, lengths, k, split
+    (8, 2, 64, 16, [40, 1, 100], 24, 16),
+    (6, 2, 32, 61, [70, 0, 23], 24, 16),
+    (5, 1, 80, 64, [65, 24, 25], 24, 32),
+    (4, 4, 128, 69, [23, 70], 16, 16),
+]
+
+
+def gqa_case(heads, kv, dim, page, lengths, k, seed=0):
+    table, pages = pages_for(lengths, page, seed)
+    k_cache, v_cache = randn(pages, page, kv, dim, seed=seed + 1), randn(pages, page, kv, dim, seed=seed + 2) / 10
+    indices, counts = selections(lengths, k, seed)
+    clean = (k_cache.clone(), v_cache.clone())
+    for cache in (k_cache, v_cache):
+        poison(cache, table, lengths, indices.tolist())
+    return (
+        randn(len(lengths), heads, dim, seed=seed + 3),
+        k_cache,
+        v_cache,
+        table,
+        ints(lengths),
+        indices,
+        counts,
+        clean,
+    )
+
+
+@pytest.mark.parametrize("heads,kv,dim,page,lengths,k,split", GQA_CASES)
+def test_gqa_decode(heads, kv, dim, page, lengths, k, split):
+    q, k_cache, v_cache, table, lens, indices, counts, clean = gqa_case(heads, kv, dim, page, lengths, k)
+    options = {"split": split, "block_n": 16}
+    got = gqa_decode(q, k_cache, v_cache, table, lens, indices, counts, **options)
+    close(got, ref.gqa_decode(q, k_cache.nan_to_num(), v_cache.nan_to_num(), table, lens, indices, counts))
+    close(
+        gqa_decode(q, k_cache, v_cache, table, lens, indices, counts),
+        ref.gqa_decode(q, *clean, table, lens, indices, counts),
+    )
+    sink = randn(heads, seed=9, dtype=torch.float32)
+    close(
+        gqa_decode(q, k_cache, v_cache, table, lens, indices, counts, sink=sink, scale=0.2, **options),
+        ref.gqa_decode(q, k_cache.nan_to_num(), v_cache.nan_to_num(), table, lens, indices, counts, 0.2, sink),
+    )
+    if kv == 4:  # neighbouring kv heads joined in one program: the same bits
+        joined = gqa_decode(q, k_cache, v_cache, table, lens, indices, counts, join=2, **options)
+        assert torch.equal(joined[0], got[0]) if GPU else torch.allclose(joined[0], got[0], atol=1e-6)
+    dense = gqa_decode(q, *clean, table, lens, **options)
+    close(dense, ref.gqa_decode(q, *clean, table, lens))
+    for _ in range(REPEATS):
+        again = gqa_decode(q, k_cache, v_cache, table, lens, indices, counts, **options)
+        assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+    for b in range(len(lengths)):  # the same row alone
+        one = slice(b, b + 1)
+        alone = gqa_decode(q[one], k_cache, v_cache, table[one], lens[one], indices[one], counts[one], **options)
+        assert torch.equal(got[0][one], alone[0]) and torch.equal(got[1][one], alone[1])
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("heads,page,lengths,k", [(20, 64, [33, 0, 90], 24), (16, 61, [24, 23], 24), (3, 69, [70], 16)])
+def test_mla_decode(heads, page, lengths, k, fp8):
+    table, pages = pages_for(lengths, page)
+    latent, rope = randn(pages * page, 512, seed=1) / 10, randn(pages * page, 64, seed=2) / 10
+    cache = ref.mla_cache(latent, rope, page) if fp8 else torch.cat([latent, rope], 1).reshape(pages, page, 576)
+    clean, q = cache.clone(), randn(len(lengths), heads, 576, seed=3)
+    indices, counts = selections(lengths, k)
+    poison(cache, table, lengths, indices.tolist())
+    lens, sink = ints(lengths), randn(heads, seed=4, dtype=torch.float32)
+    options = {"splits": 2, "block_h": 16, "block_n": 16, "num_warps": 4, "num_stages": 2} if not GPU else {"splits": 2}
+    got = mla_decode(q, cache, table, lens, indices, counts, **options)
+    close(got, ref.mla_decode(q, clean, table, lens, indices, counts))
+    close(
+        mla_decode(q, cache, table, lens, indices, counts, sink=sink, scale=0.1, **options | {"splits": 1}),
+        ref.mla_decode(q, clean, table, lens, indices, counts, 0.1, sink),
+    )
+    for _ in range(REPEATS - 1):
+        again = mla_decode(q, cache, table, lens, indices, counts, **options)
+        assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+    alone = mla_decode(q[-1:], cache, table[-1:], lens[-1:], indices[-1:], counts[-1:], **options)
+    assert torch.equal(got[0][-1:], alone[0])
+    if GPU:  # the plan that follows the batch
+        close(
+            mla_decode(q, cache, table, lens, indices, counts), ref.mla_decode(q, clean, table, lens, indices, counts)
+        )
+        close(mla_decode(q, clean, table, lens), ref.mla_decode(q, clean, table, lens))
+
+
+def rows_of(kind, width, seed):
+    scores = randn(1, width, seed=seed, dtype=torch.float32)[0]
+    if kind == "plateau":  # what ReLU gives: exact zeros of both signs
+        scores = torch.where(scores < 0.8, torch.where(scores < 0, -0.0, 0.0).to(DEV), scores)
+    elif kind == "below":  # a plateau with most scores below it
+        scores = torch.where(scores.abs() < 0.5, torch.where(scores < 0, -0.0, 0.0).to(DEV), -scores.abs())
+    elif kind == "zeros":
+        scores = torch.zeros_like(scores)
+    elif kind == "sorted":
+        scores = scores.sort().values
+    elif kind == "coarse":
+        scores = (scores * 4).round() / 4
+    elif kind == "infinite":
+        scores = torch.where(scores > 1, torch.inf, torch.where(scores < 0, -torch.inf, scores))
+    return scores
+
+
+KINDS = ["random", "plateau", "below", "zeros", "sorted", "coarse", "infinite"]
+
+
+@pytest.mark.parametrize(
+    "width,k", [(300, 32), (8892, 64)] + ([(16384, 2048), (131072, 2048), (40000, 512)] if GPU else [])
+)
+def test_topk(width, k):
+    kinds = KINDS if GPU or width < 1000 else KINDS[:3]
+    scores = torch.stack([rows_of(kind, width, seed) for seed, kind in enumerate(kinds)])
+    for lengths in [[width] * len(kinds), [0, 1, k - 1, k, k + 1, width - 1, width // 2][: len(kinds)]]:
+        poisoned = scores.clone()
+        for r, n in enumerate(lengths):
+            poisoned[r, n:] = float("nan")  # beyond the length nothing is read
+        got = topk(poisoned, ints(lengths), k)
+        want = ref.topk(scores, ints(lengths), k)
+        assert torch.equal(got[1], want[1])
+        for r in range(len(kinds)):
+            assert torch.equal(got[0][r], want[0][r]), f"row {r} ({kinds[r]}, length {lengths[r]})"
+    for _ in range(REPEATS - 1):
+        assert torch.equal(topk(poisoned, ints(lengths), k)[0], got[0])
+    for r in range(len(kinds)) if GPU else [1]:
+        assert torch.equal(topk(poisoned[r : r + 1], ints(lengths[r : r + 1]), k)[0], got[0][r : r + 1])
+
+
+def test_topk_refuses_nan():
+    scores = rows_of("random", 300, 0)[None].clone()
+    scores[0, 17] = float("nan")
+    for k in (16, 400):  # a row that needs no choice is looked at too
+        with pytest.raises(ValueError, match="NaN"):
+            topk(scores, ints([300]), k)
+    assert int(topk(scores[:, 20:], ints([280]), 16)[1]) == 16  # the flag was taken back
+
+
+INDEXER_CASES = [(4, 32, 16, [40, 0, 129]), (5, 64, 61, [70, 1]), (32, 128, 64, [130]), (64, 128, 69, [70])]
+
+
+def index_case(heads, dim, page, lengths, fp8, seed=0):
+    table, pages = pages_for(lengths, page, seed)
+    keys = randn(pages * page, dim, seed=seed + 1)
+    q, w = (
+        randn(len(lengths), heads, dim, seed=seed + 2),
+        randn(len(lengths), heads, seed=seed + 3, dtype=torch.float32),
+    )
+    if not fp8:
+        return q, keys.reshape(pages, page, dim), w, table, (q, keys.reshape(pages, page, dim), w)
+    values, scale = ref.quantise(q, dim)
+    cache, w = ref.index_cache(keys, page), w * scale[..., 0]
+    return values, cache, w, table, (values.float(), ref.dequantise_index(cache, dim), w)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("heads,dim,page,lengths", INDEXER_CASES)
+def test_indexer_logits(heads, dim, page, lengths, fp8):
+    q, cache, w, table, exact = index_case(heads, dim, page, lengths, fp8)
+    got = indexer_logits_decode(q, cache, w, table, ints(lengths), chunk=128)
+    for b, n in enumerate(lengths):
+        if n == 0:
+            continue
+        want = ref.indexer_logits(exact[0][b : b + 1], ref.gather_pages(exact[1], table[b], n), exact[2][b : b + 1])[0]
+        ours = got[b, :n].double()
+        assert 1 - 2 * (ours * want).sum() / (ours.square().sum() + want.square().sum()) < 5e-6
+        prefill = indexer_logits_prefill(q[b : b + 1], cache, w[b : b + 1], table[b], n)
+        assert torch.equal(prefill[0], got[b, :n]), "prefill and decode differ"
+    if not GPU:
+        return
+    many = indexer_logits_prefill(
+        q[:1].expand(70, -1, -1), cache, w[:1].expand(70, -1), table[0], lengths[0], ends=ints([lengths[0]] * 70)
+    )
+    assert torch.equal(many, got[:1, : lengths[0]].expand(70, -1))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_select_decode(fp8):
+    lengths = [300, 15, 16, 17, 0] if not GPU else [9000, 31, 32, 33, 0, 20000]
+    k = 16 if not GPU else 32
+    q, cache, w, table, _ = index_case(4, 32, 16, lengths, fp8)
+    scores = indexer_logits_decode(q, cache, w, table, ints(lengths), chunk=256)
+    want = ref.topk(scores, ints(lengths), k)
+    got = select_decode(q, cache, w, table, ints(lengths), k, max(lengths))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    one = select_decode(q[:1], cache, w[:1], table[:1], ints(lengths[:1]), k, max(lengths))
+    assert torch.equal(one[0], got[0][:1])
+
+
+def test_quantised_writes():
+    x = torch.cat(
+        [
+            randn(30, 64, seed=1, dtype=torch.float32) * 10 ** randn(30, 1, seed=2, dtype=torch.float32),
+            torch.zeros(2, 64, device=DEV),
+        ]
+    )
+    page = 5
+    cache = torch.zeros(7, page * 68, dtype=torch.uint8, device=DEV)
+    slots = torch.arange(32, device=DEV) + 3
+    slots[4] = -1
+    write_index_keys(x, slots, cache)
+    values = cache[:, : page * 64].reshape(-1, 64)[3:35]
+    want, scale = ref.quantise(x, 64)
+    keep = [i for i in range(32) if i != 4]
+    assert (values[4] == 0).all() and torch.equal(values[keep], want.view(torch.uint8)[keep])
+    scales = cache[:, page * 64 :].contiguous().view(torch.float32).reshape(-1)[3:35]
+    assert torch.equal(scales[keep], scale[keep, 0])
+    q8, w = quantise_query(x.reshape(8, 4, 64), torch.ones(8, 4, device=DEV))
+    assert torch.equal(q8.view(torch.uint8).reshape(32, 64), want.view(torch.uint8)) and torch.equal(
+        w.reshape(-1), scale[:, 0]
+    )
+    latent, rope = randn(6, 512, seed=3), randn(6, 64, seed=4, dtype=torch.bfloat16)
+    mla = torch.zeros(2, 4, 656, dtype=torch.uint8, device=DEV)
+    write_mla(latent, rope, torch.arange(6, device=DEV), mla)
+    assert torch.equal(mla.reshape(8, 656)[:6], ref.mla_cache(latent, rope, 6)[0])
+
+
+def test_encoder_on_every_step():
+    """Every e4m3 value, the midpoints between neighbours and what lies just beside them."""
+    grid = torch.arange(256, dtype=torch.uint8, device=DEV).view(torch.float8_e4m3fn).float()
+    grid = grid[grid.isfinite()].sort().values
+    middle = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat([grid, middle, middle * (1 + 1e-6), middle * (1 - 1e-6)])
+    x = torch.cat([x, torch.zeros(-len(x) % 15, device=DEV)]).reshape(-1, 15)
+    x = torch.cat([x, torch.full((len(x), 1), 448.0, device=DEV)], 1)  # scale exactly 1
+    cache = torch.zeros(1, len(x) * 20, dtype=torch.uint8, device=DEV)
+    write_index_keys(x, torch.arange(len(x), device=DEV), cache)
+    assert torch.equal(cache[0, : len(x) * 16].reshape(-1, 16), x.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("n,k", [(80, 100), (130, 256)] + ([(2048, 2048), (2048, 6144), (12288, 2048)] if GPU else []))
+def test_linear_is_batch_invariant(n, k):
+    x, weight, bias = randn(70, k, seed=1), randn(n, k, seed=2), randn(n, seed=3)
+    options = {"plan": (16, 2), "block_k": 32} if not GPU and n > 100 else {}
+    whole = linear(x, weight, bias, **options)
+    want = x.double() @ weight.double().T + bias.double()
+    assert (
+        (whole.double() - want).abs() <= (1e-4 if torch.float32 == DTYPE else 0.02) * want.abs().clamp_min(k**0.5)
+    ).all()
+    for rows in (slice(0, 1), slice(3, 20), slice(69, 70)):
+        part = linear(x[rows], weight, bias, **options)
+        assert (
+            torch.equal(part, whole[rows]) if GPU else torch.allclose(part, whole[rows], atol=1e-4)
+        )  # the interpreter's dot is BLAS
+
+
+def test_norm_and_softmax():
+    x, weight, residual = randn(5, 300, seed=1), randn(300, seed=2), randn(5, 300, seed=3)
+    total = (x.float() + residual.float()).to(DTYPE)
+    carried = residual.clone()
+    got = rms_norm(x, weight, 1e-6, carried)
+    want = total.double() * torch.rsqrt(total.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    assert torch.equal(carried, total)
+    assert torch.allclose(got.double(), want, rtol=1e-5 if not GPU else 0.02, atol=1e-5 if not GPU else 0.02)
+    assert torch.equal(rms_norm(x[2:3], weight, 1e-6), rms_norm(x, weight, 1e-6)[2:3])
+    wide = randn(3, 5000, seed=4, dtype=torch.float32)
+    wide[1, 7] = -torch.inf
+    assert torch.allclose(softmax(wide), torch.softmax(wide, -1), atol=1e-6)
+    assert torch.allclose(softmax(wide, log=True), torch.log_softmax(wide, -1), atol=1e-5)
+    assert torch.equal(softmax(wide[1:2]), softmax(wide)[1:2])
+
+
+@pytest.mark.skipif(not GPU, reason="too many programs and bytes for the interpreter")
+def test_many_queries_and_far_pages():
+    batch, k, page = 70_000, 16, 64
+    pages = 2**31 // (page * 128) + 8  # the last pages lie beyond 2^31 elements
+    k_cache, v_cache = (torch.empty(pages, page, 1, 128, dtype=DTYPE, device=DEV) for _ in range(2))
+    k_cache[-4:], v_cache[-4:] = randn(4, page, 1, 128, seed=1), randn(4, page, 1, 128, seed=2) / 10
+    table = ints([[pages - 1, pages - 4, pages - 2, pages - 3]]).expand(batch, 4).contiguous()
+    lens, (indices, counts) = ints([256] * batch), selections([256, 256], k, hostile=False)
+    indices, counts = indices[1:].expand(batch, k).contiguous(), counts[1:].expand(batch).contiguous()
+    q = randn(2, 4, 128, seed=3)[torch.arange(batch, device=DEV) % 2].contiguous()
+    out, lse = gqa_decode(q, k_cache, v_cache, table, lens, indices, counts)
+    close(
+        (out[-2:], lse[-2:]), ref.gqa_decode(q[-2:], k_cache, v_cache, table[-2:], lens[-2:], indices[-2:], counts[-2:])
+    )
+    assert torch.equal(out, out[-2:][torch.arange(batch, device=DEV) % 2])
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs")
+def test_graph_replays_selection_and_attention():
+    lengths, k = [5000, 100, 3000], 64
+    iq, cache, w, table, _ = index_case(4, 32, 16, lengths, True)
+    kc, vc = randn(cache.shape[0], 16, 2, 64, seed=8), randn(cache.shape[0], 16, 2, 64, seed=9)
+    q, lens = randn(3, 8, 64, seed=10), ints(lengths)
+    work, scratch = select_workspace(3, 5000, k, DEV), gqa_decode_workspace(3, 8, 2, 64, 1, DEV)
+    indices, counts = torch.empty(3, k, dtype=torch.int32, device=DEV), torch.empty(3, dtype=torch.int32, device=DEV)
+    out, lse = torch.empty_like(q), torch.empty(3, 8, device=DEV)
+
+    def step():
+        select_decode(iq, cache, w, table, lens, k, 5000, indices, counts, work, check=False)
+        gqa_decode(q, kc, vc, table, lens, indices, counts, out=out, lse=lse, workspace=scratch, split=64, block_n=32)
+
+    step()
+    want = [t.clone() for t in (indices, counts, out, lse)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(REPEATS):
+        for t in (indices, counts):
+            t.fill_(-7)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip((indices, counts, out, lse), want, strict=True))
+    lens.copy_(ints([4000, 64, 65]))  # new lengths through the same graph
+    graph.replay()
+    assert torch.equal(indices, select_decode(iq, cache, w, table, lens, k, 5000)[0])
