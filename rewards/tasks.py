@@ -202,13 +202,14 @@ def rubrics(rng: Random, level: int, split: str) -> Iterator[dict[str, Any]]:
 def rubric_fields(rng: Random, facts: list[Fact], level: int, slots: list[int]) -> dict[str, Any]:
     """Level 1: length, ending, word; level 2: also a forbidden word; level 3: two words and the language as well.
 
-    The name stands last, as in the other kinds: a small model then finds it at the same distance from where its reply begins.
+    The mark to end with ends the request, and the name stands before it as in the other kinds: a small model then finds both at the
+    same distance from where its reply begins.
     """
     asked, words = [facts[slot].name for slot in slots], [facts[slot].value for slot in slots]
-    length, mark = 2 * len(words) + rng.randint(0, min(level, 2)), rng.choice(MARKS)
+    length, mark = 2 * len(words) + (rng.randint(0, 2) if level > 1 else 0), rng.choice(MARKS)
     criteria: list[dict[str, Any]] = [{"type": "num_words", "value": length, "weight": 1.0}]
     criteria += [{"type": "use_word", "value": word, "weight": 2.0} for word in words]
-    text = f"write {length} words . end with {mark} ."
+    text = f"write {length} words and end them as this ends ."
     if level >= 2:
         forbidden = rng.choice([f.value for f in facts if f.value not in words])
         criteria.append({"type": "avoid_word", "value": forbidden, "weight": 1.0})
@@ -218,7 +219,7 @@ def rubric_fields(rng: Random, facts: list[Fact], level: int, slots: list[int]) 
     criteria.append({"type": "end_mark", "value": mark, "weight": 1.0})
     metadata = {"kind": "rubric", "level": level, "asked": asked, "rubric": criteria}
     return {
-        "text": f"{render(facts)} {text} use the thing of {' and '.join(asked)} .",
+        "text": f"{render(facts)} {text} use the thing of {' and '.join(asked)} {mark}",
         "reward": "rubric",
         "metadata": metadata | {"facts": [[f.name, f.verb, f.value] for f in facts]},
     }
