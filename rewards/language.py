@@ -23,7 +23,7 @@ THING_WORDS = (
 )
 NAMES = tuple(NAME_WORDS.split())
 THINGS = tuple(THING_WORDS.split())
-MARKS = ("!", ";", "?")
+MARKS = ("!", ";")
 DIGITS = tuple(range(10))
 SPLITS = ("train", "heldout", "all")
 NUM_FACTS = (26, 30)  # how many facts a world has, both ends included

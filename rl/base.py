@@ -59,7 +59,7 @@ class BaseOptions:
     tasks: int = 64  # steps on single, partly wrong demonstrations
     batch: int = 16  # conversations a step
     lr: float = 3e-3
-    noise: float = 0.6  # share of wrong demonstrations
+    noise: float = 0.5  # share of wrong demonstrations
     threads: int = 1  # small matrices: a second thread gains little, and spins where the machine is busy
 
     def __post_init__(self) -> None:
