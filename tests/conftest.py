@@ -1,8 +1,14 @@
-"""Settings of every test run: one thread for torch (tests are small, cores are shared) and no Ray files in the home folder."""
+"""Settings of every test run: one thread for torch (tests are small, cores are shared), Triton's interpreter where there is no GPU, and no
+Ray files in the home folder."""
 
 from __future__ import annotations
 
 import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports triton: the kernels then run on the CPU
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
