@@ -109,7 +109,7 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
     generate.add_argument("model")
     generate.add_argument("prompts", help="JSONL with prompt or messages, or a text file with a prompt a line")
     generate.add_argument("--out", help="the JSONL file to write (standard output)")
-    for verb, temperature, tokens in ((evaluate, 0.0, 64), (generate, 1.0, 256)):
+    for verb, temperature, tokens in ((evaluate, 0.0, 256), (generate, 1.0, 256)):
         verb.add_argument("--samples", type=positive, default=1, help="answers a prompt (1)")
         verb.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
         verb.add_argument("--max-tokens", type=positive, default=tokens, help=f"new tokens a turn ({tokens})")

@@ -134,13 +134,13 @@ def test_a_run_leaves_its_whole_folder(make: Callable[..., Any]) -> None:
     config, cluster, pool = make("schedule.eval_every=2")
     said: list[str] = []
     result = train(config, cluster, said.append)
-    assert result["status"] == "done" and result["step"] == 4 and len(said) == 4 and "reward" in said[0]
+    assert result["status"] == "done" and result["step"] == 4 and len(said) == 5 and "reward" in said[1]
     assert pool.versions == [0, 1, 2, 3, 4] and pool.closed == 0  # a lent cluster stays up
     folder = config.folder
     assert json.loads((folder / "result.json").read_text()) == result
     assert load_config(folder / "config.yaml") == config
-    rows = lines(config)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    before, *rows = lines(config)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and before["step"] == 0 and "eval/math" in before
     wanted = {
         "reward/mean", "reward/math", "reward/agent", "length/math", "mismatch/k3_kl", "mismatch/max_abs", "index/jaccard", "loss/policy",
         "grad_norm", "time/rollout_s", "time/learn_s", "time/sync_s", "tokens/rollout_per_s", "samples_per_s", "failures/timeout",
