@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 MAX_GROUP_TOKENS = 1 << 14  # padded query tokens in one batch
+# Rows are filled up to a multiple: a CPU's matrix library takes another kernel for the last one to three rows of a product, whose last
+# bits differ, and the same token would get another result in a sequence of another length.
+ROW_MULTIPLE = 8
+
+
+def round_up(count: int) -> int:
+    """The next multiple of ROW_MULTIPLE."""
+    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class Batch:
     def chunks(self, start: int, per_pair: int, budget: int, most: int = 256) -> list[tuple[int, int]]:
         """Query ranges [a, b) from `start` on, of at most `most` rows, with N * rows * Lk * per_pair <= budget where possible."""
         num, length = self.rows.shape
-        size = max(8, min(most, budget // max(1, num * self.num_keys * per_pair)))
+        size = min(most, budget // max(1, num * self.num_keys * per_pair)) // ROW_MULTIPLE * ROW_MULTIPLE
+        size = max(ROW_MULTIPLE, size)
         return [(a, min(a + size, length)) for a in range(start, length, size)]
 
     def keys_until(self, stop: int) -> int:
@@ -89,7 +98,7 @@ def _plan(bounds: tuple[int, ...], contexts: tuple[int, ...] | None, device: str
 
 
 def _batch(group: list[int], bounds: tuple[int, ...], lens: list[int], kv_lens: list[int], device: str) -> Batch:
-    longest = max(lens[i] for i in group)
+    longest, keys = (round_up(max(sizes[i] for i in group)) for sizes in (lens, kv_lens))
     steps = torch.arange(longest)
     lengths = torch.tensor([lens[i] for i in group])
     contexts = torch.tensor([kv_lens[i] for i in group])
@@ -102,7 +111,7 @@ def _batch(group: list[int], bounds: tuple[int, ...], lens: list[int], kv_lens: 
         valid=(steps < lengths[:, None]).to(device),
         positions=((contexts - lengths)[:, None] + place).to(device),
         kv_lens=contexts.to(device),
-        num_keys=int(contexts.max()),
+        num_keys=keys,
         span=(bounds[group[0]], bounds[group[-1] + 1]) if even else None,
         square=all(lens[i] == kv_lens[i] for i in group),
     )

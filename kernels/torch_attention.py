@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.kernels.packing import Batch, batches, gather_pages, gather_slots
+from winnow.kernels.packing import ROW_MULTIPLE, Batch, batches, gather_pages, gather_slots, round_up
 from winnow.kernels.selection import Selection
 
 TILE_BUDGET = 1 << 23  # elements of the largest temporary
+# Up to so many positions a decoding query reads all of them and masks, as training does: both then add the same numbers in the same
+# order, and on a CPU a gather of so few saves nothing. Longer contexts gather what is selected.
+MASKED_DECODE = 512
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -225,19 +228,38 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """One query per sequence over its pages (None: all of them), or over the selected slots only."""
     last = seq_lens.long()[:, None] - 1  # [B, 1]: the query's position
-    if selection is None:
-        num_keys = int(seq_lens.max())
+    num_keys = round_up(int(seq_lens.max()))
+    if selection is None or num_keys <= MASKED_DECODE:
         kb, vb = (gather_pages(c, block_table, seq_lens, num_keys).to(q.dtype) for c in (k_cache, v_cache))
-        mask = None if bool((seq_lens == num_keys).all()) else causal_mask(last, num_keys, _mask_dtype(q))
+        if selection is None:
+            mask = causal_mask(last, num_keys, _mask_dtype(q))
+        else:
+            mask = selected_mask(selection.indices[:, None], last, num_keys, _mask_dtype(q))
     else:
         chosen = selection.indices.long()
         hidden = (chosen < 0) | (chosen > last)
         chosen = torch.where(hidden, last, chosen)  # any written slot: the mask hides it
         kb, vb = (gather_slots(c, block_table, chosen).to(q.dtype) for c in (k_cache, v_cache))
-        mask = torch.zeros(hidden.shape, dtype=_mask_dtype(q), device=q.device).masked_fill_(hidden, -torch.inf)[
-            :, None, None
-        ]
-    out, lse = attend(q[:, :, None], kb.transpose(1, 2), vb.transpose(1, 2), mask, False, scale)
+        mask = torch.zeros(hidden.shape, dtype=_mask_dtype(q), device=q.device).masked_fill_(hidden, -torch.inf)
+        mask = mask[:, None, None]
+    out, lse = _attend_one(q, kb.transpose(1, 2), vb.transpose(1, 2), mask, scale)
     if selection is not None:
-        lse = lse.masked_fill(hidden.all(1)[:, None, None], -torch.inf)
-    return out[:, :, 0], lse[:, :, 0]
+        lse = lse.masked_fill((selection.counts == 0)[:, None], -torch.inf)
+    return out, lse
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """One query a sequence: q [B, H, D], k and v [B, Hkv, S, D], mask [B, 1, 1, S] -> out [B, H, D], lse [B, H].
+
+    The query heads that share a kv head are the rows of one product: the keys are read once, and on a CPU the rows are filled up to
+    where its matrix library computes each as it would in a longer product (`ROW_MULTIPLE`).
+    """
+    batch, heads, dim = q.shape
+    group = heads // k.shape[1]
+    rows = q.view(batch, k.shape[1], group, dim)
+    if q.device.type == "cpu" and group < ROW_MULTIPLE:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, ROW_MULTIPLE - group))
+    if mask is not None:
+        mask = mask.expand(batch, 1, rows.shape[2], k.shape[2])
+    out, lse = attend(rows, k, v, mask, False, scale)  # [B, Hkv, rows, D], [B, Hkv, rows]
+    return out[:, :, :group].reshape(q.shape[0], heads, v.shape[-1]), lse[:, :, :group].reshape(batch, heads)

@@ -18,7 +18,7 @@ class OutOfPagesError(RuntimeError):
 
 
 class PagedCache:
-    """`.k[layer]`, `.v[layer]` [pages, page, Hkv, D]; `.index[layer]` [pages, page, D_I], empty when the model has no indexer.
+    """`.k[layer]`, `.v[layer]` [pages + 1, page, Hkv, D]; `.index[layer]` [pages + 1, page, D_I], empty when the model has no indexer.
 
     Each of the three is a view of one tensor with a leading layer dimension, so that copying a page is one operation.
     """
@@ -40,11 +40,12 @@ class PagedCache:
             if value < 1:
                 raise ValueError(f"rollout.{name} is {value}, but the cache needs at least one: set it >= 1")
         self.page_size, self.num_pages, self.index_dim = page_size, num_pages, index_dim
-        kv_shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        self.scratch_page = num_pages  # rows that only fill up a batch write there, and nobody reads it
+        kv_shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
         # zeros, not empty: a padded gather multiplies what it reads by an attention weight of 0, and 0 * NaN is NaN
         self._k = torch.zeros(kv_shape, dtype=dtype, device=device)
         self._v = torch.zeros(kv_shape, dtype=dtype, device=device)
-        self._index = torch.zeros((num_layers, num_pages, page_size, index_dim), dtype=index_dtype, device=device)
+        self._index = torch.zeros((num_layers, num_pages + 1, page_size, index_dim), dtype=index_dtype, device=device)
         self.k: list[Tensor] = list(self._k.unbind(0))
         self.v: list[Tensor] = list(self._v.unbind(0))
         self.index: list[Tensor] = list(self._index.unbind(0)) if index_dim else []

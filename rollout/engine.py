@@ -30,6 +30,11 @@ from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
 
 
+# A CPU's matrix library computes a product of fewer rows with another kernel, and the same row then differs in its last bits: a short
+# batch is filled up, so that a token's log-probability does not depend on how many others are still being generated.
+MIN_CPU_ROWS = 8
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Sizes and switches of one engine. Cache memory: num_pages * page_size * (2 * Hkv * D + D_I) * layers * element size."""
@@ -286,7 +291,14 @@ class Engine:
         table: np.ndarray,
     ) -> tuple[Tensor, np.ndarray | None]:
         """hidden [tokens, C], and the index sets [layers, tokens, k] where they are recorded and any query sees more than k."""
-        size = self.config.page_size
+        size, num_tokens = self.config.page_size, len(ids)
+        if self.device.type == "cpu" and num_tokens < MIN_CPU_ROWS:
+            extra = MIN_CPU_ROWS - num_tokens  # sequences of one token each, on the scratch page
+            more = np.arange(extra)
+            ids, positions = np.append(ids, 0 * more), np.append(positions, 0 * more)
+            row_of, offsets = np.append(row_of, len(lengths) + more), np.append(offsets, num_tokens + 1 + more)
+            lengths = np.append(lengths, 1 + 0 * more)
+            table = np.concatenate([table, np.full((extra, table.shape[1]), self.cache.scratch_page, table.dtype)])
         slots = table[row_of, positions // size].astype(np.int64) * size + positions % size
 
         def move(array: np.ndarray, dtype: type) -> Tensor:
@@ -306,16 +318,20 @@ class Engine:
             selection_out=out,
         )
         hidden = hidden_states(self.model, move(ids, np.int64), context)
+        hidden = hidden[:num_tokens]
         if out is None:
             return hidden, None
         assert tuple(sorted(out)) == self.layers, (
             f"selections of layers {sorted(out)} were recorded, want {self.layers}"
         )
-        stacked = torch.stack([out[layer].indices for layer in self.layers])
+        stacked = torch.stack([out[layer].indices[:num_tokens] for layer in self.layers])
         return hidden, compact(stacked, self.context)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden, lm_head_weight(self.model)).float()
+        rows, weight = len(hidden), lm_head_weight(self.model)
+        if self.device.type == "cpu" and rows < MIN_CPU_ROWS:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, MIN_CPU_ROWS - rows))
+        return torch.nn.functional.linear(hidden, weight).float()[:rows]
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
         """Draws one token for each sequence (all of them running), and takes those that end out of the batch."""

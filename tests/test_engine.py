@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from winnow.kernels.ops import token_logprobs
 from winnow.models import attach as A
 from winnow.models.context import train_context
 from winnow.models.forward import hidden_states, lm_head_weight
@@ -92,6 +93,29 @@ def test_draws_do_not_depend_on_the_batch():
         for one, other in zip(alone, group, strict=True):
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
     assert len({tuple(s.tokens) for s in together[1]}) == 3  # samples differ from each other
+
+
+def test_a_sampled_tokens_logprob_is_the_learners_however_many_share_the_batch():
+    """Replies of very different lengths: the last steps decode one to three rows, which a matrix library computes differently, and
+    sharp attention (scores near 100) turns a difference in the last bits of q and k into one of 1e-5."""
+    model = make_model(hidden_size=128, intermediate_size=256, num_attention_heads=8, vocab_size=64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(3)
+    prompts = [prompt_of(length, seed) for seed, length in enumerate((5, 9, 30, 41, 67, 70))]
+    budgets = [Sampling(max_tokens=tokens, seed=seed) for seed, tokens in enumerate((3, 8, 20, 33, 60, 80))]
+    sequences = [s for group in make_engine(model).generate(prompts, budgets) for s in group]
+    lengths = [len(s.tokens) for s in sequences]
+    context = train_context(lengths)
+    tokens = torch.tensor([t for s in sequences for t in s.tokens])
+    with torch.no_grad():
+        hidden = hidden_states(model, tokens, context)
+        learner, _ = token_logprobs(hidden, lm_head_weight(model), torch.roll(tokens, -1), 1.0, None)
+    start = 0
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        mine = learner[start + len(prompt) - 1 : start + len(sequence.tokens) - 1].numpy()
+        np.testing.assert_allclose(sequence.logprobs[len(prompt) :], mine, rtol=0, atol=1e-6)
+        start += len(sequence.tokens)
 
 
 def test_samples_of_one_prompt_share_its_prefill_and_equal_unshared_ones():
