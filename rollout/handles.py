@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Worker:
     progress: float = 0.0  # when it last delivered
     failures: int = 0  # failed starts in a row
     where: str = "not up yet"
+    log: str | None = None  # the file of its error output, readable only on its own host
 
     @property
     def load(self) -> int:
@@ -74,3 +76,18 @@ def cause_of(error: Exception) -> str:
     if len(lines) > 12:  # a traceback: its end says what happened
         lines = lines[:2] + lines[-4:]
     return " | ".join(lines)[:1500]
+
+
+def last_lines(path: str | None, count: int = 5) -> str:
+    """ " The last lines of its log: ..." of a dead worker; empty where there are none, or the file is on another host."""
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f". The last lines of its log: {' | '.join(lines[-count:])}" if lines else ""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from winnow.rollout.handles import Call, Job, PoolLimits, Worker, cause_of, options_of
+from winnow.rollout.handles import Call, Job, PoolLimits, Worker, cause_of, last_lines, options_of
 from winnow.rollout.schema import Group, Request
 from winnow.rollout.weights import WeightUpdate
 from winnow.rollout.worker import RolloutWorker, WorkerSpec, code_version
@@ -262,7 +262,7 @@ class Pool:
             self.spec, worker.number, code_version()
         )
         worker.state, worker.since, worker.version = "starting", time.monotonic(), -1
-        worker.awaited, worker.where = worker.actor.ping.remote(), "not up yet"
+        worker.awaited, worker.where, worker.log = worker.actor.ping.remote(), "not up yet", None
 
     def _load(self, worker: Worker) -> None:
         assert self._weights is not None
@@ -282,7 +282,8 @@ class Pool:
             value = ray.get(ref, timeout=self.limits.load_timeout_s)
         except ray.exceptions.RayActorError as error:
             stage = "generating" if job is not None and worker.state == "ready" else worker.state
-            self._replace(worker, f"died while {stage}: {cause_of(error)}")
+            why = f"died while {stage}: {cause_of(error)}{last_lines(worker.log)}"
+            self._replace(worker, why, killed=not error.actor_init_failed)
             return
         except Exception as error:
             cause = getattr(error, "cause", None) or error
@@ -303,7 +304,7 @@ class Pool:
         """The awaited answer of a starting or loading worker has come."""
         worker.awaited = None
         if worker.state == "starting":
-            worker.where = f"pid {value['pid']} on {value['host']}"
+            worker.where, worker.log = f"pid {value['pid']} on {value['host']}", value.get("log")
             worker.version = value["version"]
         else:
             worker.version = value
@@ -341,8 +342,12 @@ class Pool:
                 )
                 self._replace(worker, waited, TimeoutError)
 
-    def _replace(self, worker: Worker, why: str, kind: type[Exception] = RuntimeError) -> None:
-        """Names a worker that is lost, starts another in its place with the current weights, and sends its requests elsewhere."""
+    def _replace(self, worker: Worker, why: str, kind: type[Exception] = RuntimeError, killed: bool = False) -> None:
+        """Names a worker that is lost, starts another in its place with the current weights, and sends its requests elsewhere.
+
+        Before any worker has been up, only one whose process was `killed` is started again: whatever else goes wrong then is a mistake
+        in the set-up, and would go wrong again.
+        """
         jobs = list(worker.jobs.values())
         was_up = worker.state == "ready"
         error = kind(
@@ -354,13 +359,11 @@ class Pool:
         for job in reversed(jobs):
             self._retry(job, error, "was lost")
         worker.failures = 0 if was_up else worker.failures + 1
-        if self._up and worker.failures < self.limits.max_restarts:
+        if (self._up or killed) and worker.failures < self.limits.max_restarts:
             self._start(worker)
             return
         worker.state = "failed"
-        if not self._up or all(
-            w.state == "failed" for w in self._workers
-        ):  # a failure at the first start is a mistake in the set-up
+        if not self._up or all(w.state == "failed" for w in self._workers):
             self._error = error
             self._fail_all(error)
 

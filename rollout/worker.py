@@ -33,6 +33,15 @@ def code_version() -> str:
         return "source"
 
 
+def log_file() -> str | None:
+    """Where this process's error output goes, when that is a file: the pool quotes its end if the process dies."""
+    try:
+        path = os.path.realpath("/proc/self/fd/2")
+    except OSError:  # a system without /proc
+        return None
+    return path if os.path.isfile(path) else None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
     """What a worker is built from. model: a folder or a model spec of `models.load`; environments: picklable, name -> Environment."""
@@ -85,6 +94,7 @@ class RolloutWorker:
             "worker": self.number,
             "pid": os.getpid(),
             "host": os.uname().nodename,
+            "log": log_file(),
             "version": self.runner.engine.version,
         }
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,10 +81,18 @@ def fake_worker_class():
         def __init__(self, spec, number, driver_version):
             if spec.model == "broken":
                 raise ValueError("no such model")
+            kind, _, left = spec.model.partition(":")  # "killed:FOLDER:N": the first N processes die before they are up
+            if kind == "killed":
+                place, _, times = left.rpartition(":")
+                starts = len(os.listdir(place))
+                open(os.path.join(place, str(os.getpid())), "w").close()
+                if starts < int(times):
+                    os.kill(os.getpid(), signal.SIGKILL)
             self.number, self.version = number, 0
 
         async def ping(self):
-            return {"worker": self.number, "pid": os.getpid(), "host": "here", "version": self.version}
+            log = os.path.realpath("/proc/self/fd/2")
+            return {"worker": self.number, "pid": os.getpid(), "host": "here", "version": self.version, "log": log}
 
         async def generate(self, requests):
             groups = []
@@ -93,6 +102,7 @@ def fake_worker_class():
                     await asyncio.sleep(float(rest))
                 elif word == "suicide" and not os.path.exists(rest):
                     open(rest, "w").close()
+                    print("last words of this worker", file=sys.stderr, flush=True)
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif word == "freeze" and not os.path.exists(rest):
                     open(rest, "w").close()
@@ -163,6 +173,7 @@ def test_each_request_is_delivered_once_although_a_worker_is_killed(pool, tmp_pa
     assert (
         len(lines) == 1 and "rollout worker" in lines[0] and "pid" in lines[0] and "died while generating" in lines[0]
     )
+    assert "The last lines of its log: " in lines[0] and "last words of this worker" in lines[0]
     assert "SIGKILL" in lines[0] or "killed" in lines[0].lower() or "unexpectedly" in lines[0]
     pool._wait_ready()  # and it is replaced while nobody asks
 
@@ -221,6 +232,19 @@ def test_calls_run_side_by_side_and_can_be_dropped(pool):
     slow.close()
     assert names(quick) == ["q"] and not pool._ids
     assert names(pool.generate([request_of("s1")])) == ["s1"]
+
+
+def test_a_worker_killed_before_it_is_up_is_named_and_started_again(ray_cluster, tmp_path, caplog):
+    with caplog.at_level(logging.ERROR, "winnow.rollout"), fake_pool(1, model=f"killed:{tmp_path}:2") as pool:
+        assert names(pool.generate([request_of("a")])) == ["a"]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert caplog.text.count("rollout worker 0 (not up yet) died while starting") == 2
+
+
+def test_a_worker_killed_at_every_start_ends_the_pool_with_its_name(ray_cluster, tmp_path):
+    with pytest.raises(RuntimeError, match=r"rollout worker 0 .*died while starting"):
+        fake_pool(1, model=f"killed:{tmp_path}:99")
+    assert len(list(tmp_path.iterdir())) == FAST.max_restarts
 
 
 def test_a_request_that_kills_every_worker_is_given_up(ray_cluster):
