@@ -29,7 +29,6 @@ from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
 
-
 # A CPU's matrix library computes a product of fewer rows with another kernel, and the same row then differs in its last bits: a short
 # batch is filled up, so that a token's log-probability does not depend on how many others are still being generated.
 MIN_CPU_ROWS = 8
