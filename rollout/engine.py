@@ -29,9 +29,9 @@ from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
 
-# A CPU's matrix library computes a product of fewer rows with another kernel, and the same row then differs in its last bits: a short
-# batch is filled up, so that a token's log-probability does not depend on how many others are still being generated.
-MIN_CPU_ROWS = 8
+# A CPU's matrix library computes the one to three rows beyond a thread's last block with another kernel, and they differ in their last
+# bits: a batch is filled up, so that a token's log-probability does not depend on how many others are still being generated.
+CPU_ROW_MULTIPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,8 +291,8 @@ class Engine:
     ) -> tuple[Tensor, np.ndarray | None]:
         """hidden [tokens, C], and the index sets [layers, tokens, k] where they are recorded and any query sees more than k."""
         size, num_tokens = self.config.page_size, len(ids)
-        if self.device.type == "cpu" and num_tokens < MIN_CPU_ROWS:
-            extra = MIN_CPU_ROWS - num_tokens  # sequences of one token each, on the scratch page
+        extra = -num_tokens % CPU_ROW_MULTIPLE if self.device.type == "cpu" else 0
+        if extra:  # sequences of one token each, on the scratch page
             more = np.arange(extra)
             ids, positions = np.append(ids, 0 * more), np.append(positions, 0 * more)
             row_of, offsets = np.append(row_of, len(lengths) + more), np.append(offsets, num_tokens + 1 + more)
@@ -328,8 +328,8 @@ class Engine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         rows, weight = len(hidden), lm_head_weight(self.model)
-        if self.device.type == "cpu" and rows < MIN_CPU_ROWS:
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, MIN_CPU_ROWS - rows))
+        if self.device.type == "cpu":
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -rows % CPU_ROW_MULTIPLE))
         return torch.nn.functional.linear(hidden, weight).float()[:rows]
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:

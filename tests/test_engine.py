@@ -95,26 +95,27 @@ def test_draws_do_not_depend_on_the_batch():
     assert len({tuple(s.tokens) for s in together[1]}) == 3  # samples differ from each other
 
 
-def test_a_sampled_tokens_logprob_is_the_learners_however_many_share_the_batch():
-    """Replies of very different lengths: the last steps decode one to three rows, which a matrix library computes differently, and
-    sharp attention (scores near 100) turns a difference in the last bits of q and k into one of 1e-5."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sampled_tokens_logprob_is_the_learners_however_many_share_the_batch(threads):
+    """Replies of very different lengths: the last steps decode a few rows, which a matrix library computes differently, and sharp
+    attention (scores near 100) turns a difference in the last bits of q and k into one of 1e-5."""
+    torch.set_num_threads(threads)
     model = make_model(hidden_size=128, intermediate_size=256, num_attention_heads=8, vocab_size=64)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(3)
-    prompts = [prompt_of(length, seed) for seed, length in enumerate((5, 9, 30, 41, 67, 70))]
-    budgets = [Sampling(max_tokens=tokens, seed=seed) for seed, tokens in enumerate((3, 8, 20, 33, 60, 80))]
-    sequences = [s for group in make_engine(model).generate(prompts, budgets) for s in group]
-    lengths = [len(s.tokens) for s in sequences]
-    context = train_context(lengths)
+    prompts = [prompt_of(5 + 7 * seed, seed) for seed in range(11)]
+    budgets = [Sampling(max_tokens=3 + 7 * seed, seed=seed) for seed in range(11)]
+    sequences = [s for group in make_engine(model, max_batch=12).generate(prompts, budgets) for s in group]
     tokens = torch.tensor([t for s in sequences for t in s.tokens])
     with torch.no_grad():
-        hidden = hidden_states(model, tokens, context)
-        learner, _ = token_logprobs(hidden, lm_head_weight(model), torch.roll(tokens, -1), 1.0, None)
+        hidden = hidden_states(model, tokens, train_context([len(s.tokens) for s in sequences]))
     start = 0
     for prompt, sequence in zip(prompts, sequences, strict=True):
-        mine = learner[start + len(prompt) - 1 : start + len(sequence.tokens) - 1].numpy()
-        np.testing.assert_allclose(sequence.logprobs[len(prompt) :], mine, rtol=0, atol=1e-6)
+        scored = slice(start + len(prompt) - 1, start + len(sequence.tokens) - 1)
+        targets = torch.tensor(sequence.tokens[len(prompt) :])
+        learner, _ = token_logprobs(hidden[scored], lm_head_weight(model), targets, 1.0, None)
+        np.testing.assert_allclose(sequence.logprobs[len(prompt) :], learner.detach().numpy(), rtol=0, atol=1e-6)
         start += len(sequence.tokens)
 
 
