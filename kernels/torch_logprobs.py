@@ -46,10 +46,7 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         matrix = weight.to(wide)
         logprobs, entropy = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-        chunks = -(-len(hidden) * weight.shape[0] // CHUNK_ELEMENTS)
-        step = max(
-            1, -(-len(hidden) // max(1, chunks))
-        )  # of equal size: a product of one or two rows has other last bits
+        step = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for a in range(0, len(hidden), step):
             rows = slice(a, a + step)
             logits = _chunk_logits(hidden[rows].to(wide), matrix, temperature[rows], kept, a)
