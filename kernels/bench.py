@@ -1,13 +1,14 @@
-"""Times of the public operations on this machine, beside torch's own nearest operation where there is one. No claim beyond the shape.
+"""`winnow bench kernels`: times of the kernels on this machine beside their nearest relatives in the same run. No claim beyond the shape.
 
-Milliseconds per call, median with minimum and maximum, after a warm-up call. On a CPU the shapes are small; what is compared is stated
-with every figure, and an anchor that does less work (dense attention selects nothing) says so by its name.
+On a GPU the rows of the design's bench set (bench_decode.py): each is compared with its reference first, and a wrong kernel is not
+timed. On a CPU the public operations on small shapes, beside torch's own nearest operation where there is one: milliseconds per call,
+median with minimum and maximum, after a warm-up call; an anchor that does less work (dense attention selects nothing) says so by its name.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from winnow.kernels import ops
+from winnow.kernels.bench_timing import Case, WrongKernelError, measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,51 @@ CPU = Shape(length=1024, top_k=128)
 GPU = Shape(length=16384, top_k=2048, batch=32, heads=32, kv_heads=8, head_dim=128, index_dim=128, page=64)
 
 
-def measure_ops(seconds: float = 1.0, shape: Shape | None = None) -> dict[str, Any]:
+def rows() -> dict[str, Callable[[], Iterator[Case]]]:
+    """What `--only` may name on a GPU."""
+    from winnow.kernels.bench_decode import ROWS
+    from winnow.kernels.bench_index import ROWS as INDEX_ROWS
+
+    return {**ROWS, **INDEX_ROWS}
+
+
+def measure_kernels(only: Sequence[str] = (), seconds: float = 1.0, timed: bool = True) -> dict[str, Any]:
+    """{"device": ..., "rows": [...]} on a GPU, `measure_ops` on a CPU. only: parts of their names. A row that fails its check holds
+    "wrong" and no time. Raises ValueError where `only` names nothing."""
+    if not torch.cuda.is_available():
+        return measure_ops(seconds, only=only)
+    from winnow.kernels.bench_train import TRAINING, training_results
+
+    known = rows()
+    chosen = [name for name in (*known, *TRAINING) if not only or any(part in name for part in only)]
+    if not chosen:
+        raise ValueError(
+            f"bench kernels --only {' '.join(only)} names no row: known are {', '.join((*known, *TRAINING))}"
+        )
+    results = []
+    for name in chosen:
+        if name in TRAINING:
+            results += training_results(name)
+            continue
+        for case in known[name]():
+            try:
+                results.append(measure(case, timed))
+            except WrongKernelError as error:
+                results.append({"row": case.row, **case.shape, "wrong": str(error)})
+            del case  # its tensors go before the next ones come
+    import triton
+
+    return {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "rows": results}
+
+
+def measure_ops(seconds: float = 1.0, shape: Shape | None = None, only: Sequence[str] = ()) -> dict[str, Any]:
     """{operation: {"ms": ..., "min_ms", "max_ms", "runs", "shape"}} for what this device is meant to run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = shape or (GPU if device == "cuda" else CPU)
     cases = {**prefill_cases(shape, device), **decode_cases(shape, device)}
+    cases = {name: call for name, call in cases.items() if not only or any(part in name for part in only)}
+    if not cases:
+        raise ValueError(f"bench kernels --only {' '.join(only)} names no operation of a CPU run: try topk or decode")
     with torch.no_grad():
         figures = {name: clock(call, seconds, device) for name, call in cases.items()}
     return {"shape": vars(shape), "device": device, "operations": figures}

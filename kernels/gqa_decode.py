@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KiB of shared memory a program may take, by compute capability
+
 
 @triton.jit
 def _gqa_decode(
@@ -102,12 +104,26 @@ def _gqa_decode(
     tl.store(lse + heads, row_lse, mask=mask_h)
 
 
-def plan(batch, kv_heads):
-    """(positions per program, per step, stages) that an H200 ran fastest: short splits only while they are needed to fill it."""
+def plan(batch, kv_heads, row_bytes=256, shared=SHARED[90]):
+    """(positions per program, per step, stages) that an H200 ran fastest: short splits only while they are needed to fill it.
+
+    row_bytes: one key of one head. shared: KiB that a program may take; chips with less get fewer stages, then shorter steps.
+    """
     programs = batch * kv_heads
+    split, block_n, stages = (256, 64, 3) if programs <= 16 else (512, 64, 3) if programs < 256 else (2048, 64, 3)
     if programs >= 512:
-        return 2048, 128, 2
-    return (2048, 64, 3) if programs >= 256 else (512, 64, 3) if programs > 16 else (256, 64, 3)
+        block_n, stages = 128, 2
+    while 2 * block_n * row_bytes * stages > 0.9 * 1024 * shared and block_n > 16:
+        block_n, stages = (block_n, stages - 1) if stages > 2 else (block_n // 2, stages)
+    return split, block_n, stages
+
+
+def _shared(device):
+    """KiB of shared memory a program may take on this device."""
+    if device.type == "cpu":
+        return SHARED[90]
+    major, minor = torch.cuda.get_device_capability(device)
+    return SHARED.get(10 * major + minor, 99)
 
 
 def gqa_decode_workspace(batch, heads, kv_heads, dim, splits, device):
@@ -149,7 +165,7 @@ def gqa_decode(
     q = q.contiguous()
     group = heads // kv_heads
     capacity = block_table.shape[1] * page if indices is None else indices.shape[1]
-    chosen = plan(batch, kv_heads)
+    chosen = plan(batch, kv_heads, dim * join * q.element_size(), _shared(q.device))
     split, block_n, num_stages = split or chosen[0], block_n or chosen[1], num_stages or chosen[2]
     splits = max(1, triton.cdiv(capacity, split))
     out = torch.empty_like(q) if out is None else out

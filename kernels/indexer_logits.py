@@ -195,7 +195,9 @@ def indexer_logits_prefill(
     page, fp8, soft, cpu = _describe(q, cache)
     out = torch.empty(tokens, keys, dtype=torch.float32, device=q.device) if out is None else out
     block_n = block_n or (
-        256 if keys >= 4096 and not cpu and torch.cuda.get_device_capability(q.device) >= (9, 0) else 64
+        256
+        if keys >= 4096 and q.element_size() < 4 and not cpu and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        else 64
     )
     if tokens and keys:
         _prefill[(triton.cdiv(tokens, queries), triton.cdiv(keys, block_n))](

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LATENT, ROPE, FP8_BYTES = 512, 64, 656
+HOPPER_ROWS = 512  # batch * heads from which the SM90 kernel, with its 64 heads a program, is the faster one
 
 
 @triton.jit
@@ -181,7 +182,8 @@ def mla_decode(
     [B, max_pages]; seq_lens int32 [B]; indices int32 [B, k] and counts int32 [B] as in `gqa_decode` (None: every position).
     scale defaults to 576^-1/2; models pass their own (192^-1/2 before absorption). sink fp32 [H].
     Returns out [B, H, 512] in q's dtype and lse fp32 [B, H] (natural logarithm, without the sink; -inf where empty).
-    splits: None picks by batch and device for speed; give a constant for results that do not depend on the batch.
+    splits: None picks by batch and device for speed; give a constant for results that do not depend on the batch. On SM90 the
+    kernel of mla_decode_sm90.py runs where it is the faster one, unless block_h names the shape of the plain one.
     """
     batch, heads, width = q.shape
     fp8 = cache.dtype == torch.uint8
@@ -196,7 +198,8 @@ def mla_decode(
     q = q.contiguous()
     page = cache.shape[1]
     capacity = block_table.shape[1] * page if indices is None else indices.shape[1]
-    config = _config(batch, heads, capacity, q.device)
+    hopper = block_h is None and _hopper(q, cache, splits is None)
+    config = _config(batch, heads, capacity, q.device, hopper)
     splits, block_h, block_n = splits or config[0], block_h or config[1], block_n or config[2]
     num_warps, num_stages = num_warps or config[3], num_stages or config[4]
     splits = max(splits, triton.cdiv(capacity, 2048))  # a program keeps the places of its whole split in registers
@@ -208,16 +211,24 @@ def mla_decode(
     direct = splits == 1
     part_out, part_lse = (out, lse) if direct else workspace or mla_decode_workspace(batch, heads, splits, q.device)
     cpu = q.device.type == "cpu"
-    _mla_decode[(batch * splits * triton.cdiv(heads, block_h),)](
-        q, cache, cache.view(torch.float32) if fp8 else cache, cache.view(torch.bfloat16) if fp8 else cache,
-        block_table, indices, counts, seq_lens, sink, part_out, part_lse,
-        ((LATENT + ROPE) ** -0.5 if scale is None else scale) * 1.4426950408889634, capacity,
-        0 if indices is None else indices.stride(0), block_table.stride(0),
-        H=heads, PAGE=page, TOKEN=cache.shape[2], SPLITS=splits, CHUNK=steps * block_n, STEPS=triton.next_power_of_2(steps),
-        BLOCK_H=block_h, BLOCK_N=block_n, FP8=fp8, SOFT=cpu or torch.cuda.get_device_capability(q.device) < (8, 9),
-        IDENTITY=indices is None, SINK=sink is not None, UPCAST=cpu,
-        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    scale_log2 = ((LATENT + ROPE) ** -0.5 if scale is None else scale) * 1.4426950408889634
+    if hopper:
+        from winnow.kernels import mla_decode_sm90
+
+        mla_decode_sm90.launch(
+            q, cache, block_table, indices, counts, seq_lens, sink, part_out, part_lse, scale_log2, capacity, splits
+        )
+    else:
+        _mla_decode[(batch * splits * triton.cdiv(heads, block_h),)](
+            q, cache, cache.view(torch.float32) if fp8 else cache, cache.view(torch.bfloat16) if fp8 else cache,
+            block_table, indices, counts, seq_lens, sink, part_out, part_lse,
+            scale_log2, capacity,
+            0 if indices is None else indices.stride(0), block_table.stride(0),
+            H=heads, PAGE=page, TOKEN=cache.shape[2], SPLITS=splits, CHUNK=steps * block_n, STEPS=triton.next_power_of_2(steps),
+            BLOCK_H=block_h, BLOCK_N=block_n, FP8=fp8, SOFT=cpu or torch.cuda.get_device_capability(q.device) < (8, 9),
+            IDENTITY=indices is None, SINK=sink is not None, UPCAST=cpu,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
     if direct:
         return out, lse
     _mla_merge[(batch * heads,)](
@@ -234,10 +245,23 @@ def plan_for(sm, rows):
     return (32, 32, 8, 2) if sm == 80 else (16, 32, 4, 1)
 
 
-def _config(batch, heads, capacity, device):
+def _hopper(q, cache, by_batch):
+    """Whether mla_decode_sm90.py takes this call. by_batch: the caller left the plan to us, and a small batch is faster without."""
+    if q.device.type == "cpu" or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    from winnow.kernels import mla_decode_sm90
+
+    return mla_decode_sm90.fits(q, cache) and not (by_batch and q.shape[0] * q.shape[1] < HOPPER_ROWS)
+
+
+def _config(batch, heads, capacity, device, hopper=False):
     """(splits, *plan_for): splits, a power of two, fill the device's multiprocessors once, or twice with small programs."""
     if device.type == "cpu":
         return 2, 16, 16, 4, 1
+    if hopper:
+        slots = torch.cuda.get_device_properties(device).multi_processor_count
+        wanted = max(1, slots // (batch * triton.cdiv(heads, 64)))
+        return min(wanted, max(1, triton.cdiv(capacity, 128)), 16), 64, 64, 8, 2
     major, minor = torch.cuda.get_device_capability(device)
     block_h, block_n, warps, stages = plan_for(10 * major + minor, batch * heads)
     slots = torch.cuda.get_device_properties(device).multi_processor_count * (2 if block_h == 16 else 1)

@@ -172,7 +172,7 @@ def _write(target, pair, threshold, ties, done, TILE: tl.constexpr, SOFT: tl.con
 
 
 # Two strides are kept unspecialised (wide_stride is score_stride): loads of one number a lane leave the layout that words of 32 and scattered stores want.
-@triton.jit(do_not_specialize=["score_stride", "list_stride"])
+@triton.jit(do_not_specialize=["k", "score_stride", "list_stride"])
 def _select(
     scores, lengths, maxima, found, pairs, listed, arrivals, bad, out, counts,
     k, score_stride, wide_stride, maxima_stride, list_stride, out_stride,

@@ -19,6 +19,7 @@ def kernels(sm):
     from winnow.kernels import gqa_decode, indexer_logits, invariant, mla_decode, quant, topk
 
     i32, f8 = "*i32", sm >= 89
+    split, block_n, stages = gqa_decode.plan(128, 8, 256, SHARED[sm] // 1024)  # what a batch of 128 takes on this chip
     gqa = {
         "HKV": 8,
         "GROUP": 4,
@@ -26,10 +27,10 @@ def kernels(sm):
         "D": 128,
         "PAGE": 64,
         "SPLITS": 4,
-        "CHUNK": 512,
-        "STEPS": 8,
+        "CHUNK": split,
+        "STEPS": split // block_n,
         "BLOCK_H": 16,
-        "BLOCK_N": 64,
+        "BLOCK_N": block_n,
         "BLOCK_D": 128,
         "UNROLL": 4,
     }
@@ -37,7 +38,7 @@ def kernels(sm):
         q="*bf16", k_cache="*bf16", v_cache="*bf16", table=i32, indices=i32, counts=i32, seq_lens=i32, sink="*fp32", out="*bf16", lse="*fp32",
         part_out="*fp32", part_lse="*fp32", arrivals=i32, scale_log2="fp32", capacity="i32", index_stride="i32", table_stride="i32",
         token_stride="i32", head_stride="i32",
-    ), gqa | {"IDENTITY": False, "SINK": True, "UPCAST": False}, 4, 3 if SHARED[sm] > 100 * 1024 else 2  # fmt: skip
+    ), gqa | {"IDENTITY": False, "SINK": True, "UPCAST": False}, 4, stages  # fmt: skip
     block_h, block_n, warps, stages = mla_decode.plan_for(sm, 4096)
     mla = {
         "H": 128,
@@ -65,6 +66,12 @@ def kernels(sm):
             "TOKEN": 656 if fp8 else 576, "FP8": fp8, "SOFT": not f8}, warps, stages  # fmt: skip
     yield "mla_merge", mla_decode._mla_merge, dict(part_out="*fp32", part_lse="*fp32", sink="*fp32", out="*bf16", lse="*fp32"), {
         "H": 128, "SPLITS": 4, "UNROLL": 4, "SINK": True}, 4, 2  # fmt: skip
+    for fp8 in (False, True) if sm == 90 else ():
+        from winnow.kernels import mla_decode_sm90
+
+        stored = dict(cache="*u8", scales="*fp32") if fp8 else dict(cache="*bf16", scales="*bf16")
+        yield f"mla_decode_sm90 fp8={fp8}", mla_decode_sm90._mla_decode_sm90, dict(q="*bf16", rope_cache="*bf16") | stored | mla_types, {
+            "H": 128, "PAGE": 64, "SPLITS": 1, "CHUNK": 2048, "STEPS": 32, "FP8": fp8, "IDENTITY": False, "SINK": True}, 8, 2  # fmt: skip
     chunk = {"CHUNKS": 16, "CHUNK": 8192, "GROUP": 32}
     yield (
         "topk maxima",
@@ -134,6 +141,8 @@ def compile_kernel(kernel, types, constants, warps, stages, sm):
             or name == "K"
         )
     }
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(
         source,

@@ -1,0 +1,130 @@
+"""The public operations of ops.py on the Triton kernels: which tensors they take, and how they are called.
+
+Each `takes_*` says whether the kernels cover a call; ops.py falls back on torch where they do not. The sets follow the rule of
+selection.py, and prefill and decode give equal bits for equal inputs, so that a set does not depend on which of them chose it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from winnow.kernels.selection import Selection, window_selection
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SCORE_BUDGET = 1 << 25  # fp32 scores of one piece of a prefill: 128 MiB
+
+
+def takes_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.dtype in FLOATS
+        and q.dtype == k_cache.dtype == v_cache.dtype
+        and k_cache.stride() == v_cache.stride()
+        and k_cache.stride(3) == 1
+        and k_cache.stride(0) == k_cache.shape[1] * k_cache.stride(1)
+        and q.shape[2] <= 256
+    )
+
+
+def takes_index(q: Tensor | None, cache: Tensor | None) -> bool:
+    """Queries [T, H_I, D_I] and keys of one dtype with a head dimension that the tiles know."""
+    return (
+        q is not None
+        and cache is not None
+        and q.is_cuda
+        and q.dtype in FLOATS
+        and cache.dtype == q.dtype
+        and q.shape[-1] in (16, 32, 64, 128)
+    )
+
+
+def sparse_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.sparse_decode. fp32 takes smaller tiles: four bytes a number."""
+    from winnow.kernels.gqa_decode import gqa_decode
+
+    indices, counts = (None, None) if selection is None else (selection.indices, selection.counts)
+    narrow = q.dtype == torch.float32 and q.is_cuda
+    return gqa_decode(
+        q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale,
+        block_n=32 if narrow else None, num_stages=2 if narrow else None,
+    )  # fmt: skip
+
+
+def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """As ops.indexer_logits: the keys are one page."""
+    from winnow.kernels.indexer_logits import indexer_logits_prefill
+
+    table = torch.zeros(1, dtype=torch.int32, device=q.device)
+    return indexer_logits_prefill(q.detach(), k.detach().contiguous()[None], w.detach().float(), table, len(k))
+
+
+def topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:
+    from winnow.kernels.topk import topk as choose
+
+    return Selection(*choose(scores.contiguous(), lengths.to(torch.int32), k))
+
+
+def select_paged(q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int) -> Selection:
+    """As ops.select_paged with the indexer: q [B, H_I, D_I], one query a sequence."""
+    from winnow.kernels.decode_select import select_decode
+
+    width = block_table.shape[1] * cache.shape[1]
+    return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width))
+
+
+def select_rows(
+    q: Tensor, cache: Tensor, w: Tensor, bounds: list[int], tables: Tensor, contexts: list[int], positions: Tensor, top_k: int
+) -> Selection:  # fmt: skip
+    """Causal top-k of packed queries: those of sequence i are rows bounds[i] .. bounds[i + 1] and the last of contexts[i] positions.
+
+    cache [pages, page, D_I], tables int32 [n, max_pages]; positions [T]. Rows at t < top_k keep every position.
+    """
+    from winnow.kernels.indexer_logits import indexer_logits_prefill
+    from winnow.kernels.topk import topk as choose
+    from winnow.kernels.topk import topk_workspace
+
+    selection = window_selection(positions, top_k)
+    w, broken = w.float(), []
+    for i, keys in enumerate(contexts):
+        begin = max(bounds[i], bounds[i + 1] - (keys - top_k))  # rows before it see at most top_k positions
+        step = max(64, SCORE_BUDGET // max(8192, keys))
+        for a in range(begin, bounds[i + 1], step):
+            b = min(a + step, bounds[i + 1])
+            ends = positions[a:b].to(torch.int32) + 1
+            seen = keys - (bounds[i + 1] - b)  # what the piece's last query sees
+            scores = torch.empty(
+                b - a, -(-seen // 4) * 4, dtype=torch.float32, device=q.device
+            )  # rows of whole vectors
+            indexer_logits_prefill(q[a:b], cache, w[a:b], tables[i], seen, ends, scores)
+            work = topk_workspace(b - a, scores.shape[1], top_k, q.device)
+            choose(scores, ends, top_k, selection.indices[a:b], selection.counts[a:b], work, check=False)
+            broken.append(work["bad"])
+    if broken and int(torch.cat(broken).sum()):
+        raise ValueError("top-k: a score is NaN; the indexer's inputs or weights are not finite")
+    return selection
+
+
+def select_prefill(
+    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int
+) -> Selection:  # fmt: skip
+    """As ops.select_prefill with the indexer."""
+    return select_rows(q, cache, w, cu_seqlens.tolist(), block_table, seq_lens.tolist(), positions, top_k)
+
+
+def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int) -> Selection:
+    """As ops.select_packed with the indexer: keys k [T, D_I] packed like the queries, every sequence a page of its own."""
+    bounds = cu_seqlens.tolist()
+    selection = window_selection(positions, top_k)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
+    for a, b in itertools.pairwise(bounds):
+        if b - a > top_k:
+            part = select_rows(
+                q[a:b], k[a:b].contiguous()[None], w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k
+            )
+            selection.indices[a:b], selection.counts[a:b] = part.indices, part.counts
+    return selection
