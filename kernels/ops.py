@@ -12,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.kernels import torch_attention, torch_indexer, torch_logprobs
+from winnow.kernels import gpu_ops, gpu_train, torch_attention, torch_indexer, torch_logprobs
 from winnow.kernels.selection import Selection, exact_topk
 
 
 def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
-    """q [T, H_I, D_I], k [S, D_I], w [T, H_I] -> fp32 [T, S]: sum over heads, in head order, of w * relu(q . k). No mask."""
+    """q [T, H_I, D_I], k [S, D_I], w [T, H_I] -> fp32 [T, S]: sum over heads, in head order, of w * relu(q . k). No mask.
+
+    Differentiable on a CPU only; `indexer_kl` has its own gradient.
+    """
+    if gpu_ops.takes_index(q, k):
+        return gpu_ops.indexer_logits(q, k, w)
     return torch_indexer.logits(q, k, w)
 
 
 def topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:
     """Exact top-k of scores fp32 [rows, S] among s < lengths[row]: lowest index wins ties, -0 == +0, NaN raises ValueError."""
+    if scores.is_cuda and scores.dtype == torch.float32:
+        return gpu_ops.topk(scores, lengths, k)
     return exact_topk(scores, lengths, k)
 
 
@@ -40,6 +47,9 @@ def select_packed(
     q [T, H_I, D_I], k [T, D_I], w [T, H_I] (all None for the floors); positions int64 [T], 0.. in every sequence; selector
     "indexer", or a floor: "random" (a fixed hash of the two positions) or "recent" (the last top_k).
     """
+    if selector == "indexer" and gpu_ops.takes_index(q, k):
+        assert q is not None and k is not None and w is not None
+        return gpu_ops.select_packed(q, k, w, cu_seqlens, positions, top_k)
     return torch_indexer.packed_selection(q, k, w, cu_seqlens, positions, top_k, selector)
 
 
@@ -48,6 +58,9 @@ def select_prefill(
     seq_lens: Tensor, top_k: int, selector: str = "indexer",
 ) -> Selection:  # fmt: skip
     """As `select_packed`, for packed queries at the end of paged contexts of seq_lens int32 [n] tokens (these included)."""
+    if selector == "indexer" and gpu_ops.takes_index(q, index_cache):
+        assert q is not None and index_cache is not None and w is not None
+        return gpu_ops.select_prefill(q, index_cache, w, cu_seqlens, positions, block_table, seq_lens, top_k)
     return torch_indexer.paged_selection(
         q, index_cache, w, cu_seqlens, positions, block_table, seq_lens, top_k, selector
     )
@@ -58,6 +71,9 @@ def select_paged(
     selector: str = "indexer",
 ) -> Selection:  # fmt: skip
     """Decode: q [B, H_I, D_I], w [B, H_I], one query per sequence at position seq_len - 1; index_cache [pages, page, D_I]."""
+    if selector == "indexer" and gpu_ops.takes_index(q, index_cache):
+        assert q is not None and index_cache is not None and w is not None
+        return gpu_ops.select_paged(q, index_cache, w, block_table, seq_lens, top_k)
     return torch_indexer.decode_selection(q, index_cache, w, block_table, seq_lens, top_k, selector)
 
 
@@ -68,6 +84,8 @@ def sparse_attention(
 
     lse carries no gradient. Queries with an empty set give 0. No [L, L] tensor is kept for the backward.
     """
+    if gpu_train.takes(q, k, v):
+        return gpu_train.sparse_attention(q, k, v, cu_seqlens, selection, scale)
     return torch_attention.packed_attention(q, k, v, cu_seqlens, selection, scale)
 
 
@@ -91,7 +109,34 @@ def sparse_decode(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, D], one query per sequence at seq_len - 1; caches [pages, page, Hkv, D]; only selected slots are read."""
+    if gpu_ops.takes_attention(q, k_cache, v_cache):
+        return gpu_ops.sparse_decode(q, k_cache, v_cache, block_table, seq_lens, selection, scale)
     return torch_attention.decode_attention(q, k_cache, v_cache, block_table, seq_lens, selection, scale)
+
+
+def mla_decode(
+    q: Tensor, cache: Tensor, rank: int, block_table: Tensor, seq_lens: Tensor, selection: Selection | None, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Absorbed MLA: q [B, H, rank + rope], one query per sequence at seq_len - 1; cache [pages, page, rank + rope], whose first `rank`
+    numbers are key and value at once -> out [B, H, rank], lse [B, H]; only selected slots are read."""
+    if q.is_cuda and q.dtype == cache.dtype == torch.bfloat16 and (rank, q.shape[-1]) == (512, 576):
+        from winnow.kernels.mla_decode import mla_decode as kernel  # triton, where there is a GPU for it
+
+        indices, counts = (None, None) if selection is None else (selection.indices, selection.counts)
+        return kernel(q, cache, block_table, seq_lens, indices, counts, scale)
+    shared = cache[:, :, None]  # one kv head
+    out, lse = torch_attention.decode_attention(q, shared, shared, block_table, seq_lens, selection, scale)
+    return out[..., :rank], lse
+
+
+def mla_prefill(
+    q: Tensor, cache: Tensor, rank: int, cu_seqlens: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `mla_decode`, for packed queries [T, H, rank + rope] at the end of their paged contexts (these included). Inference only."""
+    shared = cache[:, :, None]
+    out, lse = sparse_prefill(q, shared, shared, cu_seqlens, block_table, seq_lens, selection, scale)
+    return out[..., :rank], lse
 
 
 def indexer_kl(
@@ -102,6 +147,8 @@ def indexer_kl(
 
     q [T, H_I, D_I], k [T, D_I], w [T, H_I]; attn_q [T, H, D], attn_k [T, Hkv, D] and lse [T, H] (over the same S_t) are detached.
     """
+    if gpu_train.takes(q, k) and gpu_train.takes(attn_q, attn_k, widest=576):
+        return gpu_train.indexer_kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
     return torch_indexer.kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
 
 
@@ -125,4 +172,6 @@ def token_logprobs(
         sets = (torch.as_tensor(kept.indptr), torch.as_tensor(ids))
         if len(sets[0]) != len(targets) + 1:
             raise ValueError(f"kept sets cover {len(sets[0]) - 1} tokens, but {len(targets)} are scored")
+    if gpu_train.takes(hidden, weight, widest=hidden.shape[-1]):
+        return gpu_train.token_logprobs(hidden, weight, targets, temperatures, sets)
     return torch_logprobs.logprobs(hidden, weight, targets, temperatures, sets)

@@ -1,0 +1,257 @@
+"""Which keys a block of neighbouring queries needs: the union of their sets, ascending, with one membership bit a query and key.
+
+Neighbours select much the same keys, so a tile of (block of queries) x (64 keys of its list) is far fuller than a tile of
+(block of queries) x (64 neighbouring keys), and what no query of the block selected is never read. Made in pieces of queries:
+the bitmap behind a piece costs (its queries) x L / 8 bytes, its lists 4 bytes and one bit a query per listed key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from winnow.kernels.selection import Selection
+
+UNIT = 64  # lists are padded to multiples of this, unless asked otherwise
+BITMAP_BYTES = 1 << 27  # of one piece
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of up to `size` neighbouring queries of one sequence, in packed order.
+
+    first, rows, origin int32 [blocks]: first packed row, number of queries, first packed row of the sequence; row_origin int32 [T].
+    host holds (first, rows, origin) as Python lists.
+    """
+
+    size: int
+    first: Tensor
+    rows: Tensor
+    origin: Tensor
+    row_origin: Tensor
+    host: tuple[list[int], list[int], list[int]]
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.host[0])
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists of blocks [begin, end) of `blocks`.
+
+    keys int32 [entries]: packed rows of keys, ascending inside a block, padded with -1 to a multiple of the unit; offsets int32
+    [end - begin + 1]: entries of each block; bits int32 [entries / 32, size]: bit j of word [e, i] says whether query i of the block
+    selected entry 32 e + j. bits is None where every query takes every listed key up to itself. ends: offsets on the host.
+    """
+
+    blocks: Blocks
+    begin: int
+    end: int
+    keys: Tensor
+    offsets: Tensor
+    bits: Tensor | None
+    ends: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.offsets.nbytes + (0 if self.bits is None else self.bits.nbytes)
+
+    def slices(self, entries: int) -> Iterator[tuple[int, int]]:
+        """Runs of blocks [a, b), counted from `begin`, of at most `entries` entries (or one block)."""
+        a = 0
+        while a < self.end - self.begin:
+            b = a + 1
+            while b < self.end - self.begin and self.ends[b + 1] - self.ends[a] <= entries:
+                b += 1
+            yield a, b
+            a = b
+
+
+def keep_small(kept: list[Lists], lists: Lists, limit: int) -> None:
+    """Append a piece while all pieces so far are there and together at most `limit` bytes."""
+    whole = (kept[-1].end if kept else 0) == lists.begin
+    if whole and sum(x.nbytes for x in kept) + lists.nbytes <= limit:
+        kept.append(lists)
+
+
+def all_kept(kept: list[Lists]) -> list[Lists] | None:
+    """The pieces if none is missing."""
+    return kept if kept and kept[-1].end == len(kept[-1].blocks) else None
+
+
+def query_blocks(cu_seqlens: Tensor, size: int) -> Blocks:
+    """Cut packed sequences into blocks of `size` queries. Waits for cu_seqlens when it is on a GPU."""
+    return _query_blocks(tuple(cu_seqlens.tolist()), size, str(cu_seqlens.device))
+
+
+@lru_cache(maxsize=16)
+def _query_blocks(bounds: tuple[int, ...], size: int, device: str) -> Blocks:
+    first: list[int] = []
+    rows: list[int] = []
+    origin: list[int] = []
+    for a, b in pairwise(bounds):
+        for start in range(a, b, size):
+            first.append(start)
+            rows.append(min(size, b - start))
+            origin.append(a)
+    lengths = torch.tensor([b - a for a, b in pairwise(bounds)])
+    row_origin = torch.tensor(bounds[:-1], dtype=torch.int32).repeat_interleave(lengths)
+    with torch.inference_mode(False):
+        on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first, rows, origin)]
+        return Blocks(
+            size=size, first=on_device[0], rows=on_device[1], origin=on_device[2], row_origin=row_origin.to(device),
+            host=(first, rows, origin), longest=int(lengths.max()) if len(lengths) else 0,
+        )  # fmt: skip
+
+
+@triton.jit
+def _mark(
+    indices, row_origin, bitmap, first_row, index_stride, words,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One bit a selected position: bitmap int32 [rows, words]. The order of arrival does not matter to an OR."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pos = tl.load(indices + (first_row + row) * index_stride + slot, mask=slot < K, other=-1)
+    own = first_row + row - tl.load(row_origin + first_row + row)
+    inside = (pos >= 0) & (pos <= own)
+    tl.atomic_or(bitmap + row * words + (pos >> 5), 1 << (pos & 31), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _count_bits(x):
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _union(bitmap, first, rows, union, counts, begin, first_row, words, SIZE: tl.constexpr, BLOCK_W: tl.constexpr):
+    """OR of the block's rows: union int32 [blocks, words]; counts int32 [blocks]: bits in it."""
+    block = tl.program_id(0)
+    row = tl.load(first + begin + block) - first_row
+    num = tl.load(rows + begin + block)
+    offs_w, offs_q = tl.arange(0, BLOCK_W), tl.arange(0, SIZE)
+    total = tl.zeros([BLOCK_W], tl.int32)
+    base = bitmap + (row + offs_q).to(tl.int64)[:, None] * words
+    for w in range(0, words, BLOCK_W):
+        mask = (offs_q < num)[:, None] & ((w + offs_w) < words)[None, :]
+        word = tl.reduce(tl.load(base + (w + offs_w)[None, :], mask=mask, other=0), 0, _either)
+        tl.store(union + block.to(tl.int64) * words + w + offs_w, word, mask=(w + offs_w) < words)
+        total += _count_bits(word)
+    tl.store(counts + block, tl.sum(total, 0))
+
+
+@triton.jit
+def _fill(
+    bitmap, union, first, rows, origin, offsets, keys, bits, begin, first_row, words,
+    SIZE: tl.constexpr, BLOCK_W: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Positions of the union's bits, then each query's bit at every listed key."""
+    block = tl.program_id(0)
+    row = tl.load(first + begin + block) - first_row
+    num, base_key = tl.load(rows + begin + block), tl.load(origin + begin + block)
+    start, stop = tl.load(offsets + block), tl.load(offsets + block + 1)
+    offs_w, bit = tl.arange(0, BLOCK_W), tl.arange(0, 32)
+    at = start
+    for w in range(0, words, BLOCK_W):
+        word = tl.load(union + block.to(tl.int64) * words + w + offs_w, mask=(w + offs_w) < words, other=0)
+        there = (word[:, None] >> bit[None, :]) & 1
+        inner = tl.cumsum(there, 1)
+        sums = _count_bits(word)
+        place = at + (tl.cumsum(sums, 0) - sums)[:, None] + inner - 1
+        tl.store(keys + place, base_key + (w + offs_w)[:, None] * 32 + bit[None, :], mask=there != 0)
+        at += tl.sum(sums, 0)
+    tail = at + tl.arange(0, UNIT)
+    tl.store(keys + tail, tl.full([UNIT], -1, tl.int32), mask=tail < stop)
+    tl.debug_barrier()
+    offs_q = tl.arange(0, SIZE)
+    base = bitmap + (row + offs_q).to(tl.int64)[:, None] * words
+    for e in range(start, stop, 32):
+        key = tl.load(keys + e + bit, cache_modifier=".cg")
+        pos = tl.where(key >= 0, key - base_key, 0)
+        mask = (offs_q < num)[:, None] & (key >= 0)[None, :]
+        word = tl.load(base + (pos >> 5)[None, :], mask=mask, other=0)
+        mine = ((word >> (pos & 31)[None, :]) & 1) << bit[None, :]
+        tl.store(bits + e // 32 * SIZE + offs_q, tl.sum(mine, 1))
+
+
+def key_lists(
+    blocks: Blocks, selection: Selection | None, begin: int = 0, end: int | None = None, bitmap_bytes: int = BITMAP_BYTES,
+    unit: int = UNIT,
+) -> Iterator[Lists]:  # fmt: skip
+    """Lists of blocks [begin, end) in pieces; selection None lists every position up to the block's last query, without bits.
+
+    Waits for the device once a piece, to learn how long the lists are.
+    """
+    end = len(blocks) if end is None else end
+    words = (blocks.longest + 31) // 32
+    step = max(1, bitmap_bytes // max(1, words * 4 * blocks.size))
+    for a in range(begin, end, step):
+        b = min(end, a + step)
+        yield (
+            _dense_piece(blocks, a, b, unit)
+            if selection is None
+            else _sparse_piece(blocks, selection, a, b, words, unit)
+        )
+
+
+def _offsets(counts: Tensor, unit: int) -> tuple[Tensor, list[int]]:
+    """Where each block's entries begin, on the device and on the host."""
+    padded = (counts + unit - 1) // unit * unit
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(padded, 0, out=offsets[1:])
+    ends = offsets.tolist()
+    if ends[-1] < 0 or any(x > y for x, y in pairwise(ends)):
+        raise ValueError("key lists: more than 2^31 entries in one piece; lower bitmap_bytes")
+    return offsets, ends
+
+
+def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
+    device = blocks.first.device
+    counts = [first + rows - origin for first, rows, origin in zip(*(x[a:b] for x in blocks.host), strict=True)]
+    ends = [0, *accumulate(-(-count // unit) * unit for count in counts)]
+    offsets = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
+    block = torch.arange(b - a, device=device).repeat_interleave(offsets[1:] - offsets[:-1], output_size=ends[-1])
+    keys = torch.arange(ends[-1], dtype=torch.int32, device=device) + (blocks.origin[a:b] - offsets[:-1])[block]
+    last = (blocks.first[a:b] + blocks.rows[a:b])[block]
+    return Lists(blocks, a, b, keys.masked_fill_(keys >= last, -1), offsets, None, ends)
+
+
+def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: int, unit: int) -> Lists:
+    device, indices = blocks.first.device, selection.indices
+    first_row = blocks.host[0][a]
+    num_rows = blocks.host[0][b - 1] + blocks.host[1][b - 1] - first_row
+    bitmap = torch.zeros(num_rows, words, dtype=torch.int32, device=device)
+    k = indices.shape[1]
+    block_k = min(1024, triton.next_power_of_2(k))
+    _mark[(num_rows, triton.cdiv(k, block_k))](
+        indices, blocks.row_origin, bitmap, first_row, indices.stride(0), words, K=k, BLOCK=block_k
+    )
+    union = torch.empty(b - a, words, dtype=torch.int32, device=device)
+    counts = torch.empty(b - a, dtype=torch.int32, device=device)
+    block_w = min(128, triton.next_power_of_2(words))
+    shape = {"SIZE": blocks.size, "BLOCK_W": block_w}
+    _union[(b - a,)](bitmap, blocks.first, blocks.rows, union, counts, a, first_row, words, **shape)
+    offsets, ends = _offsets(counts, unit)
+    keys = torch.empty(ends[-1], dtype=torch.int32, device=device)
+    bits = torch.empty(ends[-1] // 32, blocks.size, dtype=torch.int32, device=device)
+    _fill[(b - a,)](
+        bitmap, union, blocks.first, blocks.rows, blocks.origin, offsets, keys, bits, a, first_row, words,
+        SIZE=blocks.size, BLOCK_W=min(32, block_w), UNIT=unit,
+    )  # fmt: skip
+    return Lists(blocks, a, b, keys, offsets, bits, ends)

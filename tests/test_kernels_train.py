@@ -1,0 +1,339 @@
+"""The training kernels against reference.py in float64, outputs and gradients: compiled on a GPU, under Triton's interpreter elsewhere."""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+triton = pytest.importorskip("triton")
+
+from winnow.kernels import reference as ref  # noqa: E402
+from winnow.kernels.gqa_decode import gqa_decode  # noqa: E402
+from winnow.kernels.indexer_kl import indexer_kl, kl_and_gradients  # noqa: E402
+from winnow.kernels.key_lists import all_kept, keep_small, key_lists, query_blocks  # noqa: E402
+from winnow.kernels.logprobs import token_logprobs  # noqa: E402
+from winnow.kernels.mla_backward import mla_attention, mla_backward  # noqa: E402
+from winnow.kernels.mla_decode import mla_decode  # noqa: E402
+from winnow.kernels.mla_prefill import EXACT, absolute, gqa_prefill_exact, mla_exact, mla_prefill  # noqa: E402
+from winnow.kernels.segments import add_rows  # noqa: E402
+from winnow.kernels.selection import Selection  # noqa: E402
+from winnow.kernels.sparse_backward import sparse_attention, sparse_backward  # noqa: E402
+from winnow.kernels.sparse_prefill import plan_for, sparse_prefill  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEV = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32  # the interpreter computes in fp32 only
+REPEATS = 20 if GPU else 2
+LENGTHS = (25, 0, 1, 12)
+
+
+def randn(*shape, seed=0):
+    """Values that the kernels' dtype holds exactly, in float64 on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE).double()
+
+
+def bounds(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def random_sets(lengths, k, seed=0, empty=True):
+    """Random ascending sets with a -1 tail; every seventh row is empty, rows with t < k have fewer than k keys."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.full((sum(lengths), k), -1, dtype=torch.int32)
+    row = 0
+    for length in lengths:
+        for t in range(length):
+            chosen = torch.randperm(t + 1, generator=generator)[:k].sort().values
+            if not empty or t % 7 != 3:
+                indices[row, : len(chosen)] = chosen.int()
+            row += 1
+    return Selection(indices, (indices >= 0).sum(1).int())
+
+
+def device(x):
+    if isinstance(x, Selection):
+        return Selection(x.indices.to(DEV), x.counts.to(DEV))
+    return x if x is None else x.to(DEV)
+
+
+def leaves(*tensors):
+    """The same numbers twice: float64 on the CPU and the kernels' dtype on the device, both asking for gradients."""
+    return [x.clone().requires_grad_() for x in tensors], [x.to(DEV, DTYPE).requires_grad_() for x in tensors]
+
+
+def close(name, got, want):
+    """fp32: 2e-5 of the largest value; bf16: similarity 1 - 2xy / (x^2 + y^2) below 1e-4. Prints where the worst value stands."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    assert got.shape == want.shape and torch.isfinite(got).all(), f"{name}: {got.shape} or not finite"
+    error = (got - want).abs()
+    if GPU:
+        bad = 1 - 2 * (got * want).sum() / (got * got + want * want).sum().clamp_min(1e-30) > 1e-4
+    else:
+        bad = error.max() > 2e-5 * want.abs().max().clamp_min(1.0)
+    if bad:
+        at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+        raise AssertionError(f"{name} at {at}: {got[at]} for {want[at]}")
+
+
+def check_lse(got, want):
+    got = got.double().cpu()
+    assert torch.equal(got.isinf(), want.isinf())
+    finite = ~want.isinf()
+    assert ((got - want)[finite].abs() <= 1e-4 + 2 / 65536 * want[finite].abs()).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv_heads", "dim", "k"),
+    [
+        ((20,), 2, 1, 16, None),
+        (LENGTHS, 4, 2, 16, 8),
+        ((33,), 3, 1, 24, 32),  # L = k + 1, a group and a dimension that are no powers of two
+        ((32,), 1, 1, 16, 32),  # L = k
+        ((31,), 1, 1, 16, 32),  # L = k - 1
+    ],
+)
+def test_sparse_attention(lengths, heads, kv_heads, dim, k):
+    cu, tokens = bounds(lengths), sum(lengths)
+    sets = None if k is None else random_sets(lengths, k)
+    wide, narrow = leaves(
+        randn(tokens, heads, dim, seed=1), randn(tokens, kv_heads, dim, seed=2), randn(tokens, kv_heads, dim, seed=3)
+    )
+    grad = randn(tokens, heads, dim, seed=4)
+    want, want_lse = ref.sparse_attention(*wide, cu, sets, 0.3)
+    want.backward(grad)
+    got, got_lse = sparse_attention(*narrow, device(cu), device(sets), 0.3)
+    got.backward(grad.to(DEV, DTYPE))
+    close("out", got, want)
+    check_lse(got_lse, want_lse)
+    for name, a, b in zip("qkv", narrow, wide, strict=True):
+        close(f"d{name}", a.grad, b.grad)
+    if sets is not None:
+        empty = (sets.counts == 0).to(DEV)
+        assert bool((got[empty] == 0).all()) and bool(got_lse[empty].isinf().all())
+
+
+def test_hostile_indices_change_nothing():
+    """Future positions, repeats and sentinels; the same rows without them."""
+    length, k = 24, 4
+    sets = random_sets((length,), k)
+    hostile = torch.cat([sets.indices, sets.indices.new_full((length, 4), -1)], 1)
+    hostile[:, k] = sets.indices[:, 0]
+    hostile[:, k + 1] = torch.arange(1, length + 1)
+    hostile[:, k + 2], hostile[:, k + 3] = 2**31 - 1, -(2**31)
+    q, k_, v = (randn(length, 2, 16, seed=s).to(DEV, DTYPE) for s in range(3))
+    results = [
+        sparse_prefill(q, k_, v, device(bounds((length,))), device(s), 0.3)[0]
+        for s in (sets, Selection(hostile, sets.counts + 4))
+    ]
+    assert torch.equal(*results)
+
+
+def test_packed_is_unpacked():
+    sets, cu = random_sets(LENGTHS, 8), bounds(LENGTHS)
+    q, k, v = (randn(sum(LENGTHS), heads, 16, seed=heads).to(DEV, DTYPE) for heads in (2, 1, 1))
+    grad = randn(sum(LENGTHS), 2, 16, seed=9).to(DEV, DTYPE)
+    out, lse = sparse_prefill(q, k, v, device(cu), device(sets), 0.3)
+    together = [out, lse, *sparse_backward(grad, q, k, v, out, lse, device(cu), device(sets), 0.3)]
+    for a, b in pairwise(cu.tolist()):
+        if a == b:
+            continue
+        one = device(Selection(sets.indices[a:b], sets.counts[a:b]))
+        alone = device(bounds((b - a,)))
+        own = sparse_prefill(q[a:b], k[a:b], v[a:b], alone, one, 0.3)
+        own = [*own, *sparse_backward(grad[a:b], q[a:b], k[a:b], v[a:b], *own, alone, one, 0.3)]
+        assert all(torch.equal(x[a:b], y) for x, y in zip(together, own, strict=True))
+
+
+def test_pieces_and_slices_change_nothing_but_memory():
+    """Lists made in many small pieces hold the same entries; gradients added slice by slice agree to rounding."""
+    sets, cu = device(random_sets((70,), 8)), device(bounds((70,)))
+    blocks = query_blocks(cu, 8)
+    whole = next(iter(key_lists(blocks, sets)))
+    pieces = list(key_lists(blocks, sets, bitmap_bytes=200))
+    assert len(pieces) > 3
+    assert torch.equal(torch.cat([p.keys for p in pieces]), whole.keys)
+    assert torch.equal(torch.cat([p.bits for p in pieces]), whole.bits)
+    for block in range(len(blocks)):
+        rows = range(8 * block, min(70, 8 * block + 8))
+        union = sorted({i for r in rows for i in sets.indices[r].tolist() if i >= 0})
+        listed = whole.keys[whole.ends[block] : whole.ends[block + 1]].tolist()
+        assert [i for i in listed if i >= 0] == union
+    q, k, v, grad = (randn(70, 2, 16, seed=s).to(DEV, DTYPE) for s in range(4))
+    out, lse = sparse_prefill(q, k, v, cu, sets, 0.3)
+    one, many = (sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3, parts_bytes=n) for n in (1 << 30, 1 << 12))
+    for name, a, b in zip("qkv", one, many, strict=True):
+        close(f"d{name}", a, b)
+    kept: list = []
+    for lists in key_lists(query_blocks(cu, plan_for(q, k)[0]), sets, bitmap_bytes=200):
+        assert all_kept(kept) is None  # a piece is missing still
+        keep_small(kept, lists, 1 << 20)
+    again = sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3, kept=all_kept(kept))
+    assert len(kept) > 1 and all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    late: list = []
+    for i, lists in enumerate(kept):
+        keep_small(late, lists, 0 if i == 0 else 1 << 20)  # the first was too large: none is kept
+    assert all_kept(late) is None
+
+
+def test_add_rows_is_a_sum_by_key():
+    keys = torch.tensor([5, -1, 2, 5, 0, 5, -1, 2], dtype=torch.int32)
+    parts = randn(8, 20)
+    want = torch.zeros(7, 20, dtype=torch.float64).index_add_(0, keys[keys >= 0].long(), parts[keys >= 0]) + 1
+    out = torch.ones(7, 20, device=DEV)
+    add_rows(parts.to(DEV, DTYPE), keys.to(DEV), out)
+    close("sums", out, want)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_indexer_kl(sparse):
+    cu, tokens = bounds(LENGTHS), sum(LENGTHS)
+    sets = random_sets(LENGTHS, 8) if sparse else None
+    attn_q, attn_k = randn(tokens, 4, 16, seed=4), randn(tokens, 2, 16, seed=5)
+    lse = ref.sparse_attention(attn_q, attn_k, attn_k, cu, sets, 0.2)[1]
+    wide, narrow = leaves(randn(tokens, 3, 16, seed=1), randn(tokens, 16, seed=2), randn(tokens, 3, seed=3) * 0.25)
+    want, want_rows = ref.indexer_kl(*wide, attn_q, attn_k, lse, cu, sets, 0.2)
+    want.backward()
+    inputs = (attn_q.to(DEV, DTYPE), attn_k.to(DEV, DTYPE), lse.to(DEV, torch.float32))
+    got, rows = indexer_kl(*narrow, *inputs, device(cu), device(sets), 0.2)
+    (2 * got).backward()
+    assert rows == want_rows
+    assert abs(float(got.detach()) - float(want.detach())) <= 2e-3 * float(want.detach())
+    for name, a, b in zip("qkw", narrow, wide, strict=True):
+        close(f"d{name}", a.grad, 2 * b.grad)
+    slices = kl_and_gradients(
+        *(x.detach() for x in narrow), *inputs, device(cu), device(sets), 0.2, slice_bytes=1 << 10
+    )
+    close("sliced dk", slices[2][1], wide[1].grad)
+
+
+def kept_sets(tokens, vocabulary, targets):
+    """Every third row has no set (the whole vocabulary); the others about twenty tokens, the target among them."""
+    generator = torch.Generator().manual_seed(5)
+    indptr, ids = [0], []
+    for row in range(tokens):
+        if row % 3:
+            ids += sorted({*torch.randint(0, vocabulary, (20,), generator=generator).tolist(), int(targets[row])})
+        indptr.append(len(ids))
+    return torch.tensor(indptr), torch.tensor(ids)
+
+
+@pytest.mark.parametrize("with_sets", [False, True])
+def test_token_logprobs(with_sets):
+    tokens, vocabulary = 13, 150
+    targets = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(1))
+    temperature = torch.rand(tokens, generator=torch.Generator().manual_seed(2)) + 0.5
+    kept = kept_sets(tokens, vocabulary, targets) if with_sets else None
+    wide, narrow = leaves(randn(tokens, 24, seed=1), randn(vocabulary, 24, seed=2))
+    by_logprob, by_entropy = randn(2, tokens, seed=3)
+    want = ref.token_logprobs(*wide, targets, temperature.double(), kept)
+    (want[0] @ by_logprob + want[1] @ by_entropy).backward()
+    got = token_logprobs(*narrow, targets.to(DEV), temperature.to(DEV), kept, chunk_bytes=4 * 5 * 64, vocabulary=64)
+    (got[0].double() @ by_logprob.to(DEV) + got[1].double() @ by_entropy.to(DEV)).backward()
+    for name, a, b in zip(("logprob", "entropy"), got, want, strict=True):
+        assert (a.double().cpu() - b).abs().max() <= 1e-4, name
+    for name, a, b in zip(("hidden", "weight"), narrow, wide, strict=True):
+        close(f"d {name}", a.grad, b.grad)
+
+
+def test_target_outside_its_set_is_refused():
+    hidden, weight = randn(2, 16).to(DEV, DTYPE), randn(30, 16, seed=1).to(DEV, DTYPE)
+    kept = (torch.tensor([0, 2, 4]), torch.tensor([3, 7, 4, 9]))
+    with pytest.raises(ValueError, match="token 5 of row 1"):
+        token_logprobs(hidden, weight, torch.tensor([3, 5], device=DEV), torch.ones(2, device=DEV), kept)
+
+
+def test_mla_attention():
+    lengths, heads, k = (4, 0, 9), 5, 6
+    cu, tokens, sets = bounds(lengths), sum(lengths), random_sets(lengths, k)
+    wide, narrow = leaves(randn(tokens, heads, 576, seed=1), randn(tokens, 576, seed=2))
+    grad = randn(tokens, heads, 512, seed=3)
+    want, want_lse = ref.sparse_attention(wide[0], wide[1][:, None], wide[1][:, None], cu, sets, 0.05)
+    want[..., :512].backward(grad)
+    got, lse = mla_attention(*narrow, device(cu), device(sets), 0.05)
+    got.backward(grad.to(DEV, DTYPE))
+    close("out", got, want[..., :512])
+    check_lse(lse, want_lse)
+    for name, a, b in zip(("q", "kv"), narrow, wide, strict=True):
+        close(f"d{name}", a.grad, b.grad)
+
+
+def test_gradients_repeat_bit_for_bit():
+    tokens, k = (40, 8) if GPU else (12, 4)
+    cu, sets = device(bounds((tokens,))), device(random_sets((tokens,), k))
+    q, k_, v, grad = (randn(tokens, 2, 16, seed=s).to(DEV, DTYPE) for s in range(4))
+    out, lse = sparse_prefill(q, k_, v, cu, sets, 0.3)
+    mla = [randn(tokens, *s, seed=6).to(DEV, DTYPE) for s in ((2, 576), (576,), (2, 512))]
+    rows = absolute(sets, cu, tokens)
+    mla_out, mla_lse = mla_prefill(*mla[:2], rows, 0.05)
+    index = [randn(tokens, *s, seed=7).to(DEV, DTYPE) for s in ((3, 16), (16,), (3,))]
+    hidden, weight = (randn(n, 16, seed=8).to(DEV, DTYPE).requires_grad_() for n in (tokens, 90))
+
+    def once():
+        logprob, entropy = token_logprobs(
+            hidden, weight, torch.arange(tokens, device=DEV), torch.ones(tokens, device=DEV), vocabulary=64
+        )
+        total, _, index_grads = kl_and_gradients(*index, q, k_, lse, cu, sets, 0.3)
+        return [
+            *sparse_backward(grad, q, k_, v, out, lse, cu, sets, 0.3),
+            *mla_backward(mla[2], *mla[:2], mla_out, mla_lse, rows, 0.05),
+            total, *index_grads, *torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight)),
+        ]  # fmt: skip
+
+    first = once()
+    for _ in range(REPEATS - 1):
+        for i, (a, b) in enumerate(zip(first, once(), strict=True)):
+            assert torch.equal(a, b), f"result {i} differs from run to run"
+
+
+@pytest.mark.parametrize("mla_heads", [4, 64] if GPU else [4])
+def test_exact_prefill_is_decode_bit_for_bit(mla_heads):
+    """Each token of a packed prefill against a decode from shuffled pages of another size, L much larger than k."""
+    length, k, page = (600, 64, 16) if GPU else (24, 6, 4)
+    sets = random_sets((length,), k, empty=False)
+    order = torch.randperm(length // page + 1, generator=torch.Generator().manual_seed(1))[: -(-length // page)]
+    table = order.int()[None].to(DEV)
+
+    def pages(x):
+        cache = torch.full((length // page + 2, page, *x.shape[1:]), float("nan"), dtype=DTYPE, device=DEV)
+        for i, place in enumerate(order.tolist()):
+            cache[place, : len(x[i * page : (i + 1) * page])] = x[i * page : (i + 1) * page]
+        return cache
+
+    q, k_, v = (randn(length, heads, 16, seed=heads).to(DEV, DTYPE) for heads in (4, 2, 2))
+    mla_q, kv = randn(length, mla_heads, 576, seed=1).to(DEV, DTYPE), randn(length, 576, seed=2).to(DEV, DTYPE)
+    cu = device(bounds((length,)))
+    prefill = gqa_prefill_exact(q, k_, v, cu, device(sets), 0.3)
+    prefill_mla = mla_prefill(mla_q, kv, absolute(device(sets), cu, length), 0.05, **mla_exact(mla_q))
+    caches, cache = (pages(k_), pages(v)), pages(kv)
+    for t in (*range(0, length, length // 5), length - 1):
+        one = (sets.indices[t : t + 1].to(DEV), sets.counts[t : t + 1].to(DEV))
+        seen = torch.tensor([t + 1], dtype=torch.int32, device=DEV)
+        decode = gqa_decode(q[t : t + 1], *caches, table, seen, *one, scale=0.3, **EXACT)
+        assert all(torch.equal(a[t], b[0]) for a, b in zip(prefill, decode, strict=True)), f"GQA, token {t}"
+        decode = mla_decode(mla_q[t : t + 1], cache, table, seen, *one, scale=0.05, **mla_exact(mla_q))
+        assert all(torch.equal(a[t], b[0]) for a, b in zip(prefill_mla, decode, strict=True)), f"MLA, token {t}"
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter's other tests are fp32 already")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_fp32_on_a_gpu(sparse):
+    """Four bytes a number need smaller tiles: head dimension 128, compiled, close to float64."""
+    length, k = 200, 16
+    cu, sets = bounds((length,)), random_sets((length,), k) if sparse else None
+    shapes = ((length, 4, 128), (length, 2, 128), (length, 2, 128))
+    wide = [randn(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    narrow = [x.detach().to(DEV, torch.float32).requires_grad_() for x in wide]
+    want, lse = ref.sparse_attention(*wide, cu, sets, 0.1)
+    want.sum().backward()
+    got, got_lse = sparse_attention(*narrow, device(cu), device(sets), 0.1)
+    got.sum().backward()
+    for a, b in ((got, want), *((x.grad, y.grad) for x, y in zip(narrow, wide, strict=True))):
+        assert (a.detach().double().cpu() - b.detach()).abs().max() <= 2e-5 * b.detach().abs().max()
+    index = [randn(*s, seed=7) for s in ((length, 3, 64), (length, 64), (length, 3))]
+    want_kl = ref.indexer_kl(*index, wide[0], wide[1], lse, cu, sets, 0.1)[0]
+    ours = (x.to(DEV, torch.float32) for x in index)
+    got_kl = indexer_kl(*ours, narrow[0], narrow[1], got_lse, device(cu), device(sets), 0.1)[0]
+    assert abs(float(got_kl) - float(want_kl)) <= 1e-5 * float(want_kl)
