@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from winnow.models.attention import NAME, give_indexer_its_input, register
 from winnow.models.indexer import Indexer, IndexerConfig
+from winnow.models.native import check_native, is_native, latent_width, native_indexer_config, open_native
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 MARK = ".self_attn.indexer."  # every indexer tensor's name has it, no other tensor's does
@@ -19,6 +20,8 @@ _HOOK = "_winnow_hook"
 def check_family(config: Any) -> None:
     """Raise ValueError, with the reason, for a model that this attention would compute wrongly."""
     kind = getattr(config, "model_type", "unknown")
+    if is_native(config):
+        return check_native(config)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"model type {kind!r} is an encoder-decoder: DSA needs a causal decoder; use one of {FAMILIES}"
@@ -64,8 +67,16 @@ def check_family(config: Any) -> None:
 def attach(model: Any, config: IndexerConfig) -> Any:
     """Give every layer an indexer (random weights) and write `config` to model.config.winnow. Changes and returns the model."""
     check_family(model.config)
+    if is_native(model.config):
+        raise ValueError(
+            f"a {model.config.model_type} model is born with indexers: open it with load, and train it as it is"
+        )
     if is_converted(model):
         raise ValueError("this model has indexers already: strip it first, or convert the original model")
+    if config.leaders and config.leaders[-1] >= model.config.num_hidden_layers:
+        raise ValueError(
+            f"indexer.leaders names layer {config.leaders[-1]}, but the model's layers are 0 to {model.config.num_hidden_layers - 1}"
+        )
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.top_k > context:
         raise ValueError(
@@ -75,7 +86,11 @@ def attach(model: Any, config: IndexerConfig) -> Any:
     _check_rope(model, config)
     use_winnow_attention(model)
     device = next(model.parameters()).device
-    for layer in _layers(model):
+    for index, layer in enumerate(_layers(model)):
+        leader = config.leader_of(index)
+        layer.self_attn.winnow_served = (leader, config.last_served(leader, model.config.num_hidden_layers))
+        if leader != index:
+            continue
         indexer = Indexer(model.config.hidden_size, config).to(device)
         for linear in (indexer.wq, indexer.wk, indexer.ww):
             nn.init.normal_(linear.weight, std=model.config.hidden_size**-0.5)
@@ -97,15 +112,21 @@ def _check_rope(model: Any, config: IndexerConfig) -> None:
 
 
 def use_winnow_attention(model: Any) -> None:
-    """Route every layer's attention through `winnow_attention` (dense where there is no indexer)."""
+    """Route every layer's attention through `winnow_attention` (dense where there is no indexer), or a native model's through its own."""
     check_family(model.config)
     register()
+    if is_native(model.config):
+        open_native(model)
     model.set_attn_implementation(NAME)
 
 
 def strip(model: Any) -> Any:
     """Take the indexers off: what is left is a plain dense transformers model, with sdpa attention."""
+    if is_native(model.config):
+        raise ValueError(f"a {model.config.model_type} model has no dense form: its indexers belong to the checkpoint")
     for layer in _layers(model):
+        if hasattr(layer.self_attn, "winnow_served"):
+            del layer.self_attn.winnow_served
         if hasattr(layer.self_attn, "indexer"):
             del layer.self_attn.indexer
             getattr(layer.self_attn, _HOOK).remove()
@@ -117,12 +138,30 @@ def strip(model: Any) -> Any:
 
 
 def is_converted(model: Any) -> bool:
-    return any(hasattr(layer.self_attn, "indexer") for layer in _layers(model))
+    """Whether the model has indexers, attached or its own."""
+    return any(getattr(layer.self_attn, "indexer", None) is not None for layer in _layers(model))
 
 
 def indexer_config(model: Any) -> IndexerConfig | None:
     """The indexers' shape, None for a dense model."""
+    if is_native(model.config):
+        return native_indexer_config(model.config)
     return IndexerConfig.from_dict(model.config.winnow) if is_converted(model) else None
+
+
+def cache_shape(model: Any) -> dict[str, Any]:
+    """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments."""
+    config, indexer = model.config, indexer_config(model)
+    heads = config.num_attention_heads
+    layers = range(config.num_hidden_layers)
+    shape = {
+        "num_layers": len(layers),
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "index_dim": indexer.head_dim if indexer else 0,
+        "index_layers": [i for i in layers if indexer.leader_of(i) == i] if indexer else [],
+    }
+    return shape | {"latent_dim": latent_width(config)} if is_native(config) else shape
 
 
 def is_indexer_name(name: str) -> bool:
@@ -170,7 +209,7 @@ def load_indexer_state(model: Any, tensors: dict[str, Tensor], where: str) -> No
     missing, strange = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or strange:
         raise ValueError(
-            f"{where}: the indexer weights do not match the winnow section of config.json: {len(missing)} missing "
+            f"{where}: the indexer weights do not match what config.json says of them: {len(missing)} missing "
             f"{missing[:3]}, {len(strange)} unexpected {strange[:3]}; the folder is incomplete or was edited: convert again"
         )
     with torch.no_grad():

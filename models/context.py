@@ -29,14 +29,14 @@ SELECTORS = ("indexer", "random", "recent", "dense")
 class LayerInputs:
     """What an observer sees of one layer's attention. All of it detached.
 
-    hidden [T, C] and cos, sin [T, rope dims] feed the indexer; q [T, H, D], k [T, Hkv, D] and lse [T, H] (over S_t) make its target.
+    `inputs` [T, ...] are the indexer's own: hidden states, RoPE angles (MLA: the q latent too); q [T, H, D], k [T, Hkv, D] and
+    lse [T, H] (over S_t) make its target. leader: the layer that the indexer belongs to, `layer` itself unless layers share one.
     """
 
     layer: int
+    leader: int
     indexer: Any
-    hidden: Tensor
-    cos: Tensor
-    sin: Tensor
+    inputs: tuple[Tensor, ...]
     q: Tensor
     k: Tensor
     lse: Tensor
@@ -58,7 +58,7 @@ class IndexerLoss:
     def observe(self, inputs: LayerInputs, projected: tuple[Tensor, Tensor, Tensor] | None) -> None:
         """Score one layer; `projected` holds the indexer's q, k, w when the selection has computed them already."""
         x = inputs
-        q, k, w = projected if projected is not None else x.indexer(x.hidden, x.cos, x.sin)
+        q, k, w = projected if projected is not None else x.indexer(*x.inputs)
         kl, rows = ops.indexer_kl(q, k, w, x.q, x.k, x.lse, x.cu_seqlens, x.selection, x.scale)
         if x.layer not in self.kl:
             self.kl[x.layer] = kl
@@ -78,6 +78,16 @@ class IndexerLoss:
         return {layer: float(kl.detach()) / max(1, self.rows) for layer, kl in sorted(self.kl.items())}
 
 
+@dataclass
+class Served:
+    """An indexer's work in one forward pass, for every layer that it serves: its inputs, its q, k, w and the selection made of them."""
+
+    indexer: Any
+    inputs: tuple[Tensor, ...]
+    projected: tuple[Tensor, Tensor, Tensor] | None = None
+    selection: Selection | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
     """positions int64 [tokens]: logical positions; cu_seqlens int32 [n + 1]: bounds of the query tokens; seq_lens int32 [n]: contexts,
@@ -85,7 +95,8 @@ class ForwardContext:
     cache that has .k[layer], .v[layer] [pages, page, Hkv, D] and .index[layer] [pages, page, D_I].
 
     selection_in replays given sets, and the indexer does not run; selection_out is filled per layer; observer (indexer_loss) sees every
-    converted layer in train mode; force_sparse runs the sparse path also where every set is the identity (tests).
+    converted layer in train mode; force_sparse runs the sparse path also where every set is the identity (tests). coupled lets the KL's
+    gradient into the model through the indexer's input: what skipping DSA's recipe does, for the ablation only.
     """
 
     mode: str
@@ -100,6 +111,10 @@ class ForwardContext:
     selection_out: dict[int, Selection] | None = None
     indexer_loss: IndexerLoss | None = None
     force_sparse: bool = False
+    coupled: bool = False
+    served: dict[int, Served] = field(
+        init=False, default_factory=dict
+    )  # layer with an indexer -> its work in this pass
     max_seq_len: int = field(init=False)
     fresh: bool = field(init=False)  # prefill without an earlier context: K and V need not be read back
 
@@ -138,6 +153,10 @@ def forward_context(ctx: ForwardContext) -> Iterator[ForwardContext]:
         yield ctx
     finally:
         _stack.pop()
+
+
+def open_context() -> ForwardContext | None:
+    return _stack[-1] if _stack else None
 
 
 def current_context() -> ForwardContext:

@@ -27,6 +27,7 @@ class IndexerConfig:
     rope_dim: int = 16
     rope_layout: str = "half"
     norm_eps: float = 1e-6
+    leaders: tuple[int, ...] = ()  # IndexShare: the layers with an indexer, the first among them; empty: every layer
 
     def __post_init__(self) -> None:
         for name in ("top_k", "num_heads", "head_dim"):
@@ -38,9 +39,25 @@ class IndexerConfig:
             )
         if self.rope_layout not in ROPE_LAYOUTS:
             raise ValueError(f"indexer.rope_layout is {self.rope_layout!r}, but it must be one of {ROPE_LAYOUTS}")
+        object.__setattr__(self, "leaders", tuple(self.leaders))  # a list in config.json
+        if self.leaders and (self.leaders[0] != 0 or list(self.leaders) != sorted(set(self.leaders))):
+            raise ValueError(
+                f"indexer.leaders is {self.leaders}, but it must be ascending and begin with layer 0: a layer without an indexer "
+                "uses that of an earlier one"
+            )
+
+    def leader_of(self, layer: int) -> int:
+        """The layer whose indexer serves this one."""
+        return max((leader for leader in self.leaders if leader <= layer), default=layer)
+
+    def last_served(self, leader: int, num_layers: int) -> int:
+        """The last layer that the indexer of `leader` serves."""
+        if not self.leaders:
+            return leader
+        return min((other for other in self.leaders if other > leader), default=num_layers) - 1
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "leaders": list(self.leaders)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> IndexerConfig:
@@ -88,23 +105,25 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps, dtype=torch.float32)
         self.ww = nn.Linear(hidden_size, config.num_heads, bias=False, dtype=torch.float32)
 
-    def keys(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """hidden [T, C] -> [T, D_I]."""
+    def keys(self, hidden: Tensor, *rest: Tensor) -> Tensor:
+        """hidden [T, C], cos and sin [T, D] -> [T, D_I]."""
+        cos, sin = rest
         k = self.k_norm(self.wk(hidden.float()))
         return self._rotate(k, cos, sin)
 
-    def queries(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [T, C] -> q [T, H_I, D_I], w [T, H_I]."""
+    def queries(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, C], cos and sin [T, D] -> q [T, H_I, D_I], w [T, H_I]."""
         self.calls += 1
+        cos, sin = rest
         hidden = hidden.float()
         q = self.wq(hidden).view(-1, self.config.num_heads, self.config.head_dim)
         w = self.ww(hidden) * (self.config.num_heads * self.config.head_dim) ** -0.5
         return self._rotate(q, cos, sin), w
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [T, C] (detached by the caller), cos and sin [T, D] of the model -> q [T, H_I, D_I], k [T, D_I], w [T, H_I]."""
-        q, w = self.queries(hidden, cos, sin)
-        return q, self.keys(hidden, cos, sin), w
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's inputs [T, ...], detached by the caller -> q [T, H_I, D_I], k [T, D_I], w [T, H_I]."""
+        q, w = self.queries(*inputs)
+        return q, self.keys(*inputs), w
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.config.rope_dim == 0:

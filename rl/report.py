@@ -79,7 +79,9 @@ def pipeline_sections(folder: Path) -> Iterator[str]:
         )
     if (folder / "mixed").is_dir():
         text = "One GRPO stage over all domains, from the student."
-        yield section("Mixed stage", f"<p>{text}</p>" + curves(read_lines(folder / "mixed" / "metrics.jsonl")))
+        metrics = read_lines(folder / "mixed" / "metrics.jsonl")
+        yield section("Mixed stage", f"<p>{text}</p>" + curves(metrics))
+        yield from reward_sections(metrics, "Mixed stage: rewards by part")
     yield from conversion_section(read_json(folder / "sparse" / "conversion.json"))
     yield from losses_section(manifest)
     yield from data_section(folder, manifest)
@@ -137,28 +139,10 @@ def result_sections(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def conversion_section(report: Mapping[str, Any]) -> Iterator[str]:
-    if not report:
-        return
-    warm, sparse = report.get("warmup", {}).get("kl", []), report.get("sparse", {})
-    kept = report["retention"]
-    layers = [Series(name, range(len(r["layers"])), r["layers"]) for name, r in kept["recall"].items() if r["layers"]]
-    cards = [
-        card(
-            "Warm-up",
-            "KL of the indexer to dense attention, per batch",
-            line_chart([Series("kl", range(1, len(warm) + 1), warm)]),
-        ),
-        card("Sparse stage, indexer", "KL over the chosen set", _curve("kl", sparse.get("kl", []))),
-        card("Sparse stage, model", "language loss", _curve("loss", sparse.get("loss", []))),
-        card(
-            "Recall of attention mass by layer", "what the chosen positions hold of dense attention", line_chart(layers)
-        ),
-    ]
-    rows = [["before (dense)", f"{report['dense_before']['perplexity']:.3f}", "-"]]
-    for name, value in kept["perplexity"].items():
-        mean = (kept["recall"].get("indexer" if name == "sparse" else name) or {}).get("mean")
-        rows.append([name, f"{value:.3f}", f"{mean:.3f}" if mean is not None else "-"])
-    yield section("Conversion to sparse attention", grid(cards) + table(("attention", "perplexity", "recall"), rows))
+    from winnow.rl.conversion_page import sections  # it is built of this file's pieces
+
+    if report:
+        yield from sections(report)
 
 
 def losses_section(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -202,12 +186,20 @@ def stages_section(manifest: Mapping[str, Any]) -> str:
 
 
 def run_sections(folder: Path) -> Iterator[str]:
-    yield section("Curves", curves(read_lines(folder / "metrics.jsonl")))
+    metrics = read_lines(folder / "metrics.jsonl")
+    yield section("Curves", curves(metrics))
+    yield from reward_sections(metrics)
     files = sorted((folder / "samples").glob("*.jsonl"))
     tests = sorted((folder / "evaluations").glob("*.jsonl"))
     yield from index_section(read_lines(tests[-1]) if tests else read_lines(files[-1]) if files else [])
     if files:
         yield from samples_section(read_lines(files[-1]), f"Samples of {files[-1].stem}")
+
+
+def reward_sections(metrics: Sequence[Mapping[str, Any]], title: str = "Rewards by part") -> Iterator[str]:
+    from winnow.rl.reward_page import sections  # it is built of this file's pieces
+
+    yield from sections(metrics, title)
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
-"""What a conversion kept: perplexity per selector and the share of attention mass that the chosen sets hold, layer by layer.
+"""What a conversion kept: perplexity by position, the share of attention mass that the chosen sets hold, needles, cost.
 
-"random" and "recent" are floors: what a set of the same size is worth when nobody looked at the keys.
+"random" and "recent" are floors: what a set of the same size is worth when nobody looked at the keys. Cost and needles live in files of
+their own; `retention_report` puts everything together.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from winnow.kernels import ops
+from winnow.models.attach import indexer_config
 from winnow.models.context import IndexerLoss, LayerInputs, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.convert_data import Packed, pack
 
 RECALL_SELECTORS = ("indexer", "random", "recent")
+SELECTORS = {
+    "dense": "dense",
+    "sparse": "indexer",
+    "random": "random",
+    "recent": "recent",
+}  # name in the report -> selector
+WORST_LAYERS = 3
 
 
 @dataclass
 class RecallMeter(IndexerLoss):
     """Observes a dense forward: recall of S_t = mean over heads of exp(lse over S_t - lse over all), for queries at t >= top_k."""
 
+    selectors: Sequence[str] = RECALL_SELECTORS
     sums: dict[tuple[str, int], float] = field(default_factory=dict)
     counts: dict[tuple[str, int], int] = field(default_factory=dict)
 
@@ -38,8 +48,8 @@ class RecallMeter(IndexerLoss):
         counted = positions >= top_k
         if not bool(counted.any()):
             return
-        q, k, w = projected if projected is not None else x.indexer(x.hidden, x.cos, x.sin)
-        for selector in RECALL_SELECTORS:
+        q, k, w = projected if projected is not None else x.indexer(*x.inputs)
+        for selector in self.selectors:
             chosen = ops.select_packed(q, k, w, x.cu_seqlens, positions, top_k, selector)
             lse = ops.sparse_attention(x.q, x.k, x.k, x.cu_seqlens, chosen, x.scale)[1]
             recall = (lse - x.lse).exp().mean(1)[counted]
@@ -61,41 +71,85 @@ def batched(sequences: Sequence[Sequence[int]], tokens: int) -> list[Packed]:
     return [pack(part) for part in parts if part]
 
 
-def language_loss(model: nn.Module, batch: Packed, **context: Any) -> tuple[Tensor, int]:
-    """Summed negative log-likelihood of the next tokens of a packed batch, and their number. Carries gradient where enabled."""
+def token_losses(model: nn.Module, batch: Packed, **context: Any) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood fp32 [N] of the next tokens of a packed batch, with gradient where enabled, and the positions int64 [N]
+    that they were predicted at."""
     weight = lm_head_weight(model)
     ctx = train_context(batch.lengths, weight.device, **context)
     hidden = hidden_states(model, batch.tokens.to(weight.device), ctx)
     rows = batch.next_token_rows.to(weight.device)
     targets = batch.tokens.to(weight.device)[rows + 1]
-    return -ops.token_logprobs(hidden[rows], weight, targets)[0].sum(), len(rows)
+    return -ops.token_logprobs(hidden[rows], weight, targets)[0], ctx.positions[rows]
+
+
+def language_loss(model: nn.Module, batch: Packed, **context: Any) -> tuple[Tensor, int]:
+    """Summed negative log-likelihood of the next tokens of a packed batch, and their number. Carries gradient where enabled."""
+    losses, _ = token_losses(model, batch, **context)
+    return losses.sum(), len(losses)
+
+
+def bucket_edges(longest: int, top_k: int) -> list[int]:
+    """0, k, 2k, 4k ... up to `longest`: below k every set is the whole context."""
+    edges = [0]
+    step = top_k
+    while edges[-1] < longest:
+        edges.append(min(step, longest))
+        step *= 2
+    return edges
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, sequences: Sequence[Sequence[int]], selector: str, tokens: int = 4096) -> float:
-    total, count = 0.0, 0
+def perplexities(
+    model: nn.Module, sequences: Sequence[Sequence[int]], selector: str, edges: Sequence[int], tokens: int = 4096
+) -> tuple[float, list[float | None]]:
+    """Perplexity of all predictions, and of those made at positions edges[i] .. edges[i + 1] - 1; None where there are none."""
+    sums, counts = [0.0] * (len(edges) - 1), [0] * (len(edges) - 1)
     for batch in batched(sequences, tokens):
-        loss, rows = language_loss(model, batch, selector=selector)
-        total, count = total + float(loss), count + rows
-    return math.exp(total / max(1, count))
+        losses, positions = token_losses(model, batch, selector=selector)
+        for i, (a, b) in enumerate(itertools.pairwise(edges)):
+            inside = (positions >= a) & (positions < b)
+            sums[i] += float(losses[inside].sum())
+            counts[i] += int(inside.sum())
+    each = [math.exp(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+    return math.exp(sum(sums) / max(1, sum(counts))), each
+
+
+def perplexity(model: nn.Module, sequences: Sequence[Sequence[int]], selector: str, tokens: int = 4096) -> float:
+    return perplexities(model, sequences, selector, [0, max(map(len, sequences), default=1)], tokens)[0]
 
 
 @torch.no_grad()
-def recall(model: nn.Module, sequences: Sequence[Sequence[int]], tokens: int = 4096) -> dict[str, list[float]]:
+def recall(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    tokens: int = 4096,
+    selectors: Sequence[str] = RECALL_SELECTORS,
+) -> dict[str, list[float]]:
     """selector -> recall of the dense attention's mass, one figure a layer; empty lists when nothing is longer than top_k."""
-    meter = RecallMeter()
+    meter = RecallMeter(selectors=selectors)
     for batch in batched(sequences, tokens):
         ctx = train_context(batch.lengths, next(model.parameters()).device, selector="dense", indexer_loss=meter)
         hidden_states(model, batch.tokens.to(ctx.positions.device), ctx)
-    return {selector: meter.by_layer(selector) for selector in RECALL_SELECTORS}
+    return {selector: meter.by_layer(selector) for selector in selectors}
 
 
-def retention_report(model: nn.Module, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Perplexity of the model dense, sparse and on the floors, and recall by layer with its mean."""
-    names = {"dense": "dense", "sparse": "indexer", "random": "random", "recent": "recent"}
+def retention_report(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Perplexity of the model dense, sparse and on the floors, whole and by position, and recall by layer with its mean."""
+    shape = indexer_config(model)
+    assert shape is not None, "a retention report needs a converted model"
+    edges = bucket_edges(max(map(len, sequences), default=1), shape.top_k)
+    figures = {name: perplexities(model, sequences, selector, edges) for name, selector in SELECTORS.items()}
     by_layer = recall(model, sequences)
+    kept = by_layer["indexer"]
+    worst = sorted(range(len(kept)), key=lambda layer: kept[layer])[:WORST_LAYERS]
     return {
         "tokens": sum(map(len, sequences)),
-        "perplexity": {name: perplexity(model, sequences, selector) for name, selector in names.items()},
+        "top_k": shape.top_k,
+        "perplexity": {name: whole for name, (whole, _) in figures.items()},
+        "positions": [
+            {"from": a, "to": b} | {name: each[i] for name, (_, each) in figures.items()}
+            for i, (a, b) in enumerate(itertools.pairwise(edges))
+        ],
         "recall": {name: {"mean": sum(r) / len(r) if r else None, "layers": r} for name, r in by_layer.items()},
+        "worst_layers": [{"layer": layer, "recall": kept[layer]} for layer in worst],
     }

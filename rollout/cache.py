@@ -18,9 +18,10 @@ class OutOfPagesError(RuntimeError):
 
 
 class PagedCache:
-    """`.k[layer]`, `.v[layer]` [pages + 1, page, Hkv, D]; `.index[layer]` [pages + 1, page, D_I], empty when the model has no indexer.
+    """`.k[layer]`, `.v[layer]` [pages + 1, page, Hkv, D]; `.index[layer]` [pages + 1, page, D_I] of the layers with an indexer.
 
-    Each of the three is a view of one tensor with a leading layer dimension, so that copying a page is one operation.
+    With latent_dim (MLA) a token is one row for all heads: `.k[layer]` [pages + 1, page, latent_dim], and `.v` holds nothing. Each of
+    the three is a view of one tensor with a leading layer dimension, so that copying a page is one operation.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class PagedCache:
         page_size: int,
         num_kv_heads: int,
         head_dim: int,
+        latent_dim: int = 0,
         index_dim: int = 0,
+        index_layers: Sequence[int] | None = None,  # None: every layer
         dtype: torch.dtype = torch.float32,
         index_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -40,15 +43,19 @@ class PagedCache:
             if value < 1:
                 raise ValueError(f"rollout.{name} is {value}, but the cache needs at least one: set it >= 1")
         self.page_size, self.num_pages, self.index_dim = page_size, num_pages, index_dim
-        self.scratch_page = num_pages  # rows that only fill up a batch write there, and nobody reads it
-        kv_shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
+        self.scratch_page = (
+            num_pages  # one more than there are: rows that only fill up a batch write there, and nobody reads it
+        )
+        pool = (num_layers, num_pages + 1, page_size)
+        kv_shape = (*pool, latent_dim) if latent_dim else (*pool, num_kv_heads, head_dim)
+        owners = list(index_layers if index_layers is not None else range(num_layers)) if index_dim else []
         # zeros, not empty: a padded gather multiplies what it reads by an attention weight of 0, and 0 * NaN is NaN
         self._k = torch.zeros(kv_shape, dtype=dtype, device=device)
-        self._v = torch.zeros(kv_shape, dtype=dtype, device=device)
-        self._index = torch.zeros((num_layers, num_pages + 1, page_size, index_dim), dtype=index_dtype, device=device)
+        self._v = torch.zeros((*pool, 0) if latent_dim else kv_shape, dtype=dtype, device=device)
+        self._index = torch.zeros((len(owners), *pool[1:], index_dim), dtype=index_dtype, device=device)
         self.k: list[Tensor] = list(self._k.unbind(0))
         self.v: list[Tensor] = list(self._v.unbind(0))
-        self.index: list[Tensor] = list(self._index.unbind(0)) if index_dim else []
+        self.index: dict[int, Tensor] = dict(zip(owners, self._index.unbind(0), strict=True))
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # popped from the end: low pages first
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rollout.cache import PagedCache
@@ -63,19 +64,15 @@ class Engine:
         self.device, self.vocab = weight.device, weight.shape[0]
         longest = shape.max_position_embeddings
         self.context = min(longest, config.max_context or longest)
-        heads = shape.num_attention_heads
-        winnow = getattr(shape, "winnow", None) or {}
-        self.index_k = int(winnow["top_k"]) if winnow else 0
-        self.records = config.record_indices and bool(winnow) and config.selector != "dense"
+        indexer = indexer_config(model)
+        self.index_k = indexer.top_k if indexer else 0
+        self.records = config.record_indices and indexer is not None and config.selector != "dense"
         self.record_dtype = np.uint16 if self.context <= NARROW_LIMIT else np.int32
         self.layers = tuple(range(shape.num_hidden_layers))
         self.cache = PagedCache(
-            num_layers=shape.num_hidden_layers,
+            **cache_shape(model),
             num_pages=config.num_pages,
             page_size=config.page_size,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
-            index_dim=int(winnow["head_dim"]) if winnow else 0,
             dtype=weight.dtype,
             device=self.device,
         )

@@ -13,8 +13,10 @@ from winnow.models.forward import hidden_states
 from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, save
 from winnow.rl import convert_data
-from winnow.rl.convert import ConvertOptions, LayerwiseWarmup, _micro_bounds, convert, sparse_stage, warm_up
+from winnow.rl.convert import convert
+from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.retention import perplexity, recall
+from winnow.rl.stages import LayerwiseWarmup, _micro_bounds, sparse_stage, warm_up
 
 OPTIONS = ConvertOptions(
     top_k=6, index_heads=2, index_dim=16, index_rope_dim=8, seq_len=40, warmup_batches=8, warmup_tokens=400, warmup_micro=100,
@@ -170,7 +172,11 @@ def test_options_and_data_are_checked(tmp_path):
         ConvertOptions(warmup_lr=-1)
     save(tiny_model(), None, tmp_path / "dense")
     with pytest.raises(ValueError, match="no sequence of the data is longer"):
-        convert(tmp_path / "dense", tmp_path / "out", ConvertOptions(top_k=32, index_rope_dim=8), [[1] * 20] * 9)
+        convert(
+            tmp_path / "dense", tmp_path / "out", ConvertOptions(top_k=32, index_rope_dim=8, seq_len=64), [[1] * 20] * 9
+        )
+    with pytest.raises(ValueError, match="the model's context is 128 tokens"):
+        convert(tmp_path / "dense", tmp_path / "out", ConvertOptions(top_k=32), [[1] * 20] * 9)
     with pytest.raises(ValueError, match="no tokenizer"):
         convert(tmp_path / "dense", tmp_path / "out", OPTIONS, ["some text"])
 

@@ -1,13 +1,10 @@
-"""DSA inside Hugging Face models: against an independent dense-with-mask reference, and between the three modes."""
+"""DSA inside Hugging Face models: the three modes against one another, gradients, folders, refusals. See also test_families.py."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     BertConfig,
     GPT2Config,
@@ -22,7 +19,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from winnow.kernels import reference
 from winnow.kernels.selection import Selection
 from winnow.models import attach as A
 from winnow.models import load as L
@@ -66,58 +62,6 @@ def tokens(n, seed=2):
 
 def logits(model, ids, ctx):
     return hidden_states(model, ids, ctx) @ lm_head_weight(model).T
-
-
-# An independent implementation: one sequence, full [L, L] scores and masks, its own RoPE.
-
-
-def plain_rope(x, base, width, layout):
-    angles = torch.arange(x.shape[0], dtype=torch.float64)[:, None] * base ** (
-        -torch.arange(0, width, 2, dtype=torch.float64) / width
-    )
-    turn = torch.polar(torch.ones_like(angles), angles)  # complex rotation
-    part = x[..., :width].double()
-    pairs = part.unflatten(-1, (2, -1)).transpose(-1, -2) if layout == "half" else part.unflatten(-1, (-1, 2))
-    spun = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * (turn if x.ndim == 2 else turn[:, None]))
-    spun = spun.transpose(-1, -2).flatten(-2) if layout == "half" else spun.flatten(-2)
-    return torch.cat((spun.to(x.dtype), x[..., width:]), -1)
-
-
-def masked_attention(module, query, key, value, attention_mask, scaling=None, indexer_input=None, **_):
-    hidden, length = indexer_input[0], query.shape[2]
-    ix, cfg, base = module.indexer, module.indexer.config, module.config.rope_parameters["rope_theta"]
-    q = plain_rope(
-        (hidden @ ix.wq.weight.T).view(length, cfg.num_heads, cfg.head_dim), base, cfg.rope_dim, cfg.rope_layout
-    )
-    raw = hidden @ ix.wk.weight.T
-    raw = (raw - raw.mean(-1, keepdim=True)) / (raw.var(-1, keepdim=True, unbiased=False) + cfg.norm_eps).sqrt()
-    k = plain_rope(raw * ix.k_norm.weight + ix.k_norm.bias, base, cfg.rope_dim, cfg.rope_layout)
-    w = (hidden @ ix.ww.weight.T) / math.sqrt(cfg.num_heads * cfg.head_dim)
-    sets = reference.topk(reference.indexer_logits(q, k, w), torch.arange(1, length + 1), cfg.top_k)
-    mask = torch.full((length, length), -torch.inf)
-    for t in range(length):
-        mask[t, sets.indices[t, : sets.counts[t]].long()] = 0
-    group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scaling + mask
-    return (torch.softmax(scores, -1) @ value.repeat_interleave(group, 1)).transpose(1, 2), None
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["half", "interleaved"])
-def test_sparse_logits_equal_dense_attention_with_a_mask(family, layout):
-    AttentionInterface.register("winnow_test", masked_attention)
-    AttentionMaskInterface.register("winnow_test", lambda *args, **kwargs: None)
-    model = sparse_model(8, family, layout)
-    for length in (7, 8, 9, 80):  # k - 1, k, k + 1, much more than k
-        ids = tokens(length)
-        with torch.no_grad():
-            got = logits(model, ids, train_context([length]))
-            model.set_attn_implementation("winnow_test")
-            want = model(ids[None], use_cache=False).logits[0]
-            model.set_attn_implementation("winnow")
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        assert (logits(model, ids, train_context([80], selector="dense")) - got).abs().max() > 0.05  # the sets matter
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -202,3 +202,29 @@ def test_whiskers_and_strips_hold_their_numbers() -> None:
     svg = interval_chart([Interval("m", 0.5, 0.25, 0.75)], mark=0.1, mark_label="constant")
     assert "95 % interval 0.250 to 0.750" in svg and "stroke-dasharray" in svg
     assert strip(10, [("layer 0", [1, 5]), ("layer 1", [2])], 7).count("<rect") == 2 + 3
+
+
+def test_the_page_shows_the_parts_of_each_domains_reward_and_its_failures(tmp_path: Path) -> None:
+    lines = [
+        {
+            "step": step, "reward/mean": 0.5, "reward/maths": 0.1 * step, "reward/tools": 0.5, "part/maths/right": 0.1 * step,
+            "part/maths/length": -0.1, "part/tools/clean": 1.0, "failures/timeout": 2.0, "failures/tools/timeout": 2.0,
+        }
+        for step in range(1, 5)
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    checker = check(write_report(run))
+    assert "Rewards by part" in checker.headings
+    texts = " ".join(checker.texts)
+    assert "timeout 8" in texts and "0.200" in texts and "0.300" in texts and "-0.100" in texts
+    for name in ("right", "length", "clean"):
+        assert name in checker.texts
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "mixed").mkdir(parents=True)
+    (pipeline / "manifest.json").write_text("{}")
+    (pipeline / "mixed" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "Mixed stage: rewards by part" in check(write_report(pipeline)).headings
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "grad_norm": 1.0}))
+    assert "Rewards by part" not in check(write_report(run)).headings

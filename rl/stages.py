@@ -1,0 +1,299 @@
+"""The two stages that train a conversion, and the control that shows what they cost: each resumable to the bit.
+
+    warm-up    model frozen, attention dense; each indexer learns KL(attention || softmax(I)) over all s <= t
+    sparse     top-k on; indexers learn the KL over S_t, the model its language loss; neither sees the other's gradient
+    control    the dense model, given the sparse stage's data and schedule: what to compare the sparse model with
+
+In the warm-up layers do not depend on one another's indexers, so every layer takes its optimizer steps while the forward pass goes by
+(`LayerwiseWarmup`): one forward of the model feeds many steps, and nothing of size [L, L] is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.kernels import ops
+from winnow.models.attach import base_parameters, freeze, indexer_config, indexer_parameters, unfreeze
+from winnow.models.context import IndexerLoss, LayerInputs, train_context
+from winnow.models.forward import hidden_states
+from winnow.rl.convert_data import Packed
+from winnow.rl.convert_options import ConvertOptions
+from winnow.rl.partial import Partial, run_steps
+from winnow.rl.retention import language_loss
+
+Progress = Callable[[str], object]
+Probe = Callable[[], float | None]  # recall on a few held-out tokens
+RECALL_POINTS = 4  # of a stage's recall curve, beside the one before its first step
+
+
+@dataclass
+class LayerwiseWarmup(IndexerLoss):
+    """Trains each indexer on its layers' inputs as they pass. `losses[layer]`: the mean KL of the first pass over each batch.
+
+    last[leader]: the last layer that an indexer serves; its steps are taken there, on the mean KL of all of them. Without an entry an
+    indexer serves its own layer only.
+    """
+
+    lr: float = 3e-3
+    passes: int = 4
+    micro_tokens: int = 768
+    max_grad_norm: float = 1.0
+    last: dict[int, int] = field(default_factory=dict)
+    losses: dict[int, list[float]] = field(default_factory=dict)
+    optimizers: dict[int, torch.optim.Optimizer] = field(default_factory=dict)
+    factor: float = 1.0  # of the learning rate, set by the schedule
+    waiting: dict[int, list[LayerInputs]] = field(default_factory=dict)
+
+    def observe(self, inputs: LayerInputs, projected: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        seen = [*self.waiting.pop(inputs.leader, []), inputs]
+        if inputs.layer < self.last.get(inputs.leader, inputs.layer):
+            self.waiting[inputs.leader] = seen
+        else:
+            self._train(seen)
+
+    def optimizer(self, leader: int, indexer: nn.Module) -> torch.optim.Optimizer:
+        if leader not in self.optimizers:
+            self.optimizers[leader] = torch.optim.Adam(indexer.parameters(), betas=(0.9, 0.99))
+        return self.optimizers[leader]
+
+    def _train(self, seen: list[LayerInputs]) -> None:
+        first = seen[0]
+        optimizer = self.optimizer(first.leader, first.indexer)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * self.factor
+        totals, rows = [0.0] * len(seen), 0
+        with torch.enable_grad():
+            for turn in range(self.passes):
+                for a, b, bounds in _micro_bounds(first.cu_seqlens.tolist(), self.micro_tokens):
+                    q, k, w = first.indexer(*(tensor[a:b] for tensor in first.inputs))
+                    cu = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+                    pairs = [ops.indexer_kl(q, k, w, x.q[a:b], x.k[a:b], x.lse[a:b], cu, None, x.scale) for x in seen]
+                    count = pairs[0][1]
+                    optimizer.zero_grad(set_to_none=True)
+                    (torch.stack([kl for kl, _ in pairs]).mean() / max(1, count)).backward()
+                    torch.nn.utils.clip_grad_norm_(first.indexer.parameters(), self.max_grad_norm)
+                    optimizer.step()
+                    if turn == 0:
+                        totals = [total + float(kl.detach()) for total, (kl, _) in zip(totals, pairs, strict=True)]
+                        rows += count
+        optimizer.zero_grad(set_to_none=True)
+        for x, total in zip(seen, totals, strict=True):
+            self.losses.setdefault(x.layer, []).append(total / max(1, rows))
+
+
+def _micro_bounds(bounds: list[int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Cut packed sequences into runs of about `tokens` tokens: (first row, last row, cu_seqlens of the run)."""
+    start = 0
+    for i in range(1, len(bounds)):
+        if i == len(bounds) - 1 or bounds[i + 1] - bounds[start] > tokens:
+            yield bounds[start], bounds[i], [b - bounds[start] for b in bounds[start : i + 1]]
+            start = i
+
+
+def warm_up(
+    model: Any, stream: Iterator[Packed], options: ConvertOptions, progress: Progress, partial: Partial | None = None, probe: Probe | None = None,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Dense warm-up of the indexers; the model does not change.
+
+    Returns curves: kl, the mean over layers of each batch before its steps; kl_layers, the last batch's by layer; recall, pairs of step
+    and recall.
+    """
+    freeze(base_parameters(model))
+    unfreeze(indexer_parameters(model))
+    last = last_served(model)
+    watch = LayerwiseWarmup(
+        lr=options.warmup_lr,
+        passes=options.warmup_passes,
+        micro_tokens=options.warmup_micro,
+        max_grad_norm=options.max_grad_norm,
+        last=last,
+    )
+    layers = model.get_decoder().layers
+    for leader in last:
+        watch.optimizer(leader, layers[leader].self_attn.indexer)
+    device = next(model.parameters()).device
+    curves: dict[str, list[Any]] = {"kl": [], "kl_layers": [], "recall": []}
+    total = options.warmup_batches
+
+    def step(number: int) -> str:
+        begin = time.monotonic()
+        _measure(curves, probe, number, total)
+        watch.factor = 0.5 * (1 + math.cos(math.pi * number / total))
+        batch = next(stream)
+        ctx = train_context(batch.lengths, device, selector="dense", indexer_loss=watch)
+        with torch.no_grad():
+            hidden_states(model, batch.tokens.to(device), ctx)
+        curves["kl_layers"] = [watch.losses[layer][-1] for layer in sorted(watch.losses)]
+        curves["kl"].append(sum(curves["kl_layers"]) / len(curves["kl_layers"]))
+        return f"warm-up {number + 1}/{total}  kl {curves['kl'][-1]:.4f}  {time.monotonic() - begin:.1f} s"
+
+    holds = _Holds(indexer_parameters(model), [watch.optimizers[leader] for leader in sorted(last)], curves)
+    run_steps("warm-up", total, step, holds, stream, partial, progress)
+    _measure(curves, probe, total, total)
+    return curves
+
+
+def last_served(model: Any) -> dict[int, int]:
+    """Layer with an indexer -> the last layer that it serves."""
+    config = indexer_config(model)
+    assert config is not None, "the model has no indexers"
+    total = model.config.num_hidden_layers
+    return {leader: config.last_served(leader, total) for leader in (config.leaders or range(total))}
+
+
+def sparse_stage(
+    model: Any, stream: Iterator[Packed], options: ConvertOptions, progress: Progress, partial: Partial | None = None, probe: Probe | None = None,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Top-k on. Two optimizers and two learning rates: the KL over S_t moves the indexers, the language loss the model.
+
+    options.coupled lets the KL's gradient into the model as well: the ablation. Returns curves: kl, loss, recall.
+    """
+    indexers, base = indexer_parameters(model), base_parameters(model)
+    unfreeze(indexers)
+    groups = [MasterAdamW(indexers, options.sparse_indexer_lr)]
+    freeze(base)
+    if options.sparse_model_lr > 0:
+        unfreeze(base)
+        groups.append(MasterAdamW(base, options.sparse_model_lr))
+    curves: dict[str, list[Any]] = {"kl": [], "loss": [], "recall": []}
+    total = options.sparse_steps
+
+    def step(number: int) -> str:
+        begin = time.monotonic()
+        _measure(curves, probe, number, total)
+        watch = IndexerLoss()
+        loss, rows = language_loss(model, next(stream), indexer_loss=watch, coupled=options.coupled)
+        loss, kl = loss / rows, watch.total()
+        (loss + kl).backward()  # the sum is safe: no parameter has a gradient from both
+        for group in groups:
+            group.step(schedule(number, total), options.max_grad_norm)
+        curves["kl"].append(float(kl.detach()))
+        curves["loss"].append(float(loss.detach()))
+        return (
+            f"sparse {number + 1}/{total}  kl {curves['kl'][-1]:.4f}  loss {curves['loss'][-1]:.4f}  "
+            f"{time.monotonic() - begin:.1f} s"
+        )
+
+    with checkpointed(model, options.checkpointing):
+        holds = _Holds({**indexers, **base}, groups, curves)
+        run_steps("sparse", total, step, holds, stream, partial, progress)
+    _measure(curves, probe, total, total)
+    return curves
+
+
+def dense_control(model: Any, stream: Iterator[Packed], options: ConvertOptions, progress: Progress) -> list[float]:
+    """The dense model trained like the sparse stage trains it: same data, steps and learning rate. Returns its losses."""
+    base = base_parameters(model)
+    unfreeze(base)
+    adamw, curve = MasterAdamW(base, options.sparse_model_lr), []
+    with checkpointed(model, options.checkpointing):
+        for number in range(options.sparse_steps):
+            loss, rows = language_loss(model, next(stream), selector="dense")
+            (loss / rows).backward()
+            adamw.step(schedule(number, options.sparse_steps), options.max_grad_norm)
+            curve.append(float(loss.detach()) / rows)
+            progress(f"dense {number + 1}/{options.sparse_steps}  loss {curve[-1]:.4f}")
+    return curve
+
+
+def schedule(step: int, total: int) -> float:
+    """Three steps of rise, then a straight line down to a tenth."""
+    return min(1.0, (step + 1) / 3) * (1 - 0.9 * step / total)
+
+
+class MasterAdamW:
+    """AdamW without decay; weights below fp32 are stepped on fp32 masters, or steps this small would round away."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
+        self.parameters, self.lr = list(parameters.values()), lr
+        self.masters = {p: p.detach().float().clone() for p in self.parameters if p.dtype != torch.float32}
+        stepped = [self.masters.get(p, p) for p in self.parameters]
+        self.adamw = torch.optim.AdamW(stepped, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self, factor: float, max_grad_norm: float) -> None:
+        """Clips, steps at lr * factor, drops the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr * factor
+        for p, master in self.masters.items():
+            master.grad = None if p.grad is None else p.grad.float()
+        self.adamw.step()
+        with torch.no_grad():
+            for p, master in self.masters.items():
+                p.copy_(master)
+                master.grad = None
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "masters": list(self.masters.values())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for master, saved in zip(self.masters.values(), state["masters"], strict=True):
+                master.copy_(saved)
+
+
+class checkpointed:
+    """Activation checkpointing inside a `with`, where it is asked for."""
+
+    def __init__(self, model: Any, wanted: bool) -> None:
+        self.model, self.wanted = model, wanted
+
+    def __enter__(self) -> None:
+        if self.wanted:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.train()  # transformers checkpoints in training mode only
+
+    def __exit__(self, *_: object) -> None:
+        if self.wanted:
+            self.model.gradient_checkpointing_disable()
+            self.model.eval()
+
+
+@dataclass
+class _Holds:
+    """All that a stage changes, for `Partial`: weights, optimizers, curves."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizers: list[Any]
+    curves: dict[str, list[Any]]
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        return {
+            "weights": weights,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "curves": dict(self.curves),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state["weights"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.curves.update(state["curves"])
+
+
+def _measure(curves: dict[str, list[Any]], probe: Probe | None, step: int, total: int) -> None:
+    """A point of the recall curve before the first step, after the last, and between them `RECALL_POINTS` - 1 times."""
+    every = max(1, total // RECALL_POINTS)
+    if (
+        probe is None
+        or total == 0
+        or (step % every and step != total)
+        or (curves["recall"] and curves["recall"][-1][0] >= step)
+    ):
+        return
+    value = probe()
+    if value is not None:
+        curves["recall"].append([step, value])
