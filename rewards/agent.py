@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from winnow.rewards.reasoning import gold_number, last_number
-from winnow.rollout.schema import Message, Score, Step, Task, Trajectory
+from winnow.rollout.schema import Failure, Message, Score, Step, Task, Trajectory
 
 TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 TOOL_NAME = "lookup"
@@ -85,9 +85,11 @@ class ToolEnvironment:
         return {"called": list(self.called), "errors": self.errors, "answer": self.answer}
 
 
-def tool_answer(task: Task, trajectory: Trajectory) -> Score:
+def tool_answer(task: Task, trajectory: Trajectory) -> Score | Failure:
     """1 where every needed key was called with success and the final answer is right. Parts: called, answer, clean (no malformed call)."""
     state = trajectory.environment_state
+    if "failure" in state:
+        return Failure(**state["failure"])
     if "called" not in state:
         raise ValueError(
             f"trajectory {trajectory.key} has no environment state: task {task.id!r} must run in environment 'tool'"

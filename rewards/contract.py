@@ -1,18 +1,22 @@
 """What a reward must keep to, checked on every group: count, finiteness, domain, group id. A fault is named, never a silent 0.
 
-    groups without scores ─ grade ─> the same groups with one Score or Failure per trajectory, in sample order
+    groups without scores ─ grade ─> the same groups with one Score or Failure per trajectory, in sample order ─ check_failures
 
 A reward that raises or returns NaN costs that sample (a Failure, dropped and counted). A reward function that returns the wrong number
-of values, or trajectories that are not the group's own, stop the run by name: then no score can be trusted to be its sample's.
+of values, or trajectories that are not the group's own, stop the run by name: then no score can be trusted to be its sample's. So does a
+share of failures above a ceiling: a run that learns from what is left of its samples is no longer the run that was asked for.
+
+A reward is a function of (task, trajectory). Two attributes are understood: `parallel = True`, it waits for other processes and may be
+called from several threads at once; `grade_group(task, trajectories)`, it grades a group at a time (trl_functions.py).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -21,58 +25,9 @@ from winnow.rollout.schema import Failure, Group, Reward, Score, Task, Trajector
 
 OVERLONG_BUFFER = 0.25  # the last quarter of the token budget is where the length penalty grows
 DETAIL = 300  # characters of an exception kept in a Failure
-
-
-class BatchReward:
-    """A function in TRL's form, `f(completions, **columns) -> list[float | None]`, graded a group at a time.
-
-    It gets those of the columns that it names (all, if it takes **kwargs): prompts, completions, completion_ids, answer, and every key of
-    the task's metadata, each a list of one entry per sample. `conversational`: completions are message lists, as TRL gives them for
-    conversational prompts, instead of texts. None means "not applicable" and becomes a Failure of that kind.
-    """
-
-    def __init__(self, function: Callable[..., Any], name: str | None = None, conversational: bool = False) -> None:
-        self.function, self.conversational = function, conversational
-        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
-        self.__name__ = self.name
-
-    def __call__(self, task: Task, trajectory: Trajectory) -> Score | Failure:
-        return self.grade_group(task, [trajectory])[0]
-
-    def columns(self, task: Task, trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
-        """What the function is called with, one entry per sample."""
-        first = len(task.messages)
-        answers = [list(t.messages[first:]) for t in trajectories]
-        columns: dict[str, list[Any]] = {key: [value] * len(trajectories) for key, value in task.metadata.items()}
-        columns |= {
-            "prompts": [list(task.messages) if self.conversational else task.messages[-1]["content"]]
-            * len(trajectories),
-            "completions": answers if self.conversational else [t.reply for t in trajectories],
-            "completion_ids": [t.tokens[t.loss_mask].tolist() for t in trajectories],
-            "answer": [task.answer] * len(trajectories),
-        }
-        parameters = inspect.signature(self.function).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return columns
-        return {key: column for key, column in columns.items() if key in parameters}
-
-    def grade_group(self, task: Task, trajectories: Sequence[Trajectory]) -> list[Score | Failure]:
-        """One verdict per trajectory. Raises ValueError, naming the function, when it returns another number of values."""
-        try:
-            values = self.function(**self.columns(task, trajectories))
-        except Exception as error:
-            return [failed(self.name, error)] * len(trajectories)
-        if not isinstance(values, Sequence) and hasattr(values, "tolist"):
-            values = values.tolist()  # an array or tensor
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise ValueError(
-                f"reward {self.name!r} returned {type(values).__name__}, but it must return a list, one number per sample"
-            )
-        if len(values) != len(trajectories):
-            raise ValueError(
-                f"reward {self.name!r} returned {len(values)} values for {len(trajectories)} samples of task {task.id!r}"
-            )
-        return [checked(self.name, value) for value in values]
+THREADS = 32  # that wait for parallel rewards; the pools behind them decide how much runs at once
+EXPECTED = ("abort", "not_applicable")  # kinds that are no fault of a grader's
+FEWEST = 8  # samples below which a share of failures says nothing
 
 
 def failed(name: str, error: Exception) -> Failure:
@@ -127,6 +82,8 @@ def shaped(score: Score | Failure, group: Group, trajectory: Trajectory, weight:
     """
     if trajectory.finish_reason == "abort":
         return Failure(kind="abort", detail="the sample was cancelled before its end")
+    if "failure" in trajectory.environment_state:
+        return Failure(**trajectory.environment_state["failure"])
     if isinstance(score, Failure) or weight == 0:
         return score
     budget = group.request.sampling.max_tokens * max(1, trajectory.turns)
@@ -149,7 +106,7 @@ def grade(
     repeated = [name for name, times in Counter(g.request.request_id for g in groups).items() if times > 1]
     if repeated:
         raise ValueError(f"request ids {repeated} have more than one group: their samples would be mixed up")
-    graded = []
+    found: list[Reward] = []
     for group in groups:
         check_group(group)
         task = group.request.task
@@ -157,14 +114,59 @@ def grade(
         if reward is None:
             known = f", only for {', '.join(rewards)}" if isinstance(rewards, Mapping) else ""
             raise ValueError(f"task {task.id!r} wants reward {task.reward!r}, but none was given for it{known}")
-        if isinstance(reward, BatchReward):
-            scores = reward.grade_group(task, group.trajectories)
-        else:
-            scores = [grade_one(reward, task.reward, task, trajectory) for trajectory in group.trajectories]
-        weight = (length_penalty or {}).get(task.domain, 0.0)
-        scores = [shaped(s, group, t, weight) for s, t in zip(scores, group.trajectories, strict=True)]
+        found.append(reward)
+    graded = []
+    for group, verdicts in zip(groups, verdicts_of(found, groups), strict=True):
+        weight = (length_penalty or {}).get(group.request.task.domain, 0.0)
+        scores = [shaped(s, group, t, weight) for s, t in zip(verdicts, group.trajectories, strict=True)]
         graded.append(replace(group, scores=tuple(scores)))
     return graded
+
+
+def verdicts_of(rewards: Sequence[Reward], groups: Sequence[Group]) -> list[list[Score | Failure]]:
+    """A verdict per trajectory of every group. Parallel rewards run in threads while the others are computed here."""
+    parallel = sum(len(g.trajectories) for r, g in zip(rewards, groups, strict=True) if getattr(r, "parallel", False))
+    with ThreadPoolExecutor(max(1, min(THREADS, parallel)), thread_name_prefix="grade") as threads:
+        started = [
+            submit(threads, *pair) if getattr(pair[0], "parallel", False) else None
+            for pair in zip(rewards, groups, strict=True)
+        ]
+        return [
+            grade_group(reward, group)
+            if futures is None
+            else [verdict for future in futures for verdict in future.result()]
+            for reward, group, futures in zip(rewards, groups, started, strict=True)
+        ]
+
+
+def submit(threads: ThreadPoolExecutor, reward: Reward, group: Group) -> list[Future[list[Score | Failure]]]:
+    if hasattr(reward, "grade_group"):
+        return [threads.submit(grade_group, reward, group)]
+    return [threads.submit(grade_group, reward, replace(group, trajectories=(t,))) for t in group.trajectories]
+
+
+def grade_group(reward: Reward, group: Group) -> list[Score | Failure]:
+    task = group.request.task
+    if hasattr(reward, "grade_group"):
+        return list(reward.grade_group(task, group.trajectories))
+    return [grade_one(reward, task.reward, task, trajectory) for trajectory in group.trajectories]
+
+
+def check_failures(groups: Sequence[Group], ceiling: float) -> None:
+    """Raises RuntimeError, with the kinds, their counts and an example, when a larger share of a domain's samples has no score."""
+    by_domain: dict[str, list[Score | Failure]] = {}
+    for group in groups:
+        by_domain.setdefault(group.request.task.domain, []).extend(group.scores)
+    for domain, scores in by_domain.items():
+        counted = [score for score in scores if isinstance(score, Score) or score.kind not in EXPECTED]
+        failures = [score for score in counted if isinstance(score, Failure)]
+        if len(counted) < FEWEST or len(failures) <= ceiling * len(counted):
+            continue
+        kinds = ", ".join(f"{times} {kind}" for kind, times in Counter(f.kind for f in failures).most_common())
+        raise RuntimeError(
+            f"{len(failures)} of {len(counted)} samples of domain {domain!r} have no score ({kinds}; e.g. {failures[0].detail!r}): "
+            f"that is more than the {ceiling:.0%} which algorithm.max_failures allows. Mend the reward, or raise that limit"
+        )
 
 
 def success(score: Score | Failure) -> float:

@@ -1,8 +1,12 @@
 """Tasks from anywhere: a procedural kind, a JSONL file, GSM8K, a data set of the hub. One function, one set of errors.
 
     load_tasks("lookup", count=512)                                                    tasks.py
+    load_tasks("database", count=512)                                                  environments.py
     load_tasks("my/problems.jsonl", fields={"prompt": "question", "answer": "answer"})  a row a line
     load_tasks("gsm8k", path="data/gsm8k")                                             train.jsonl and test.jsonl, or one file
+    load_tasks("reasoning-gym:leg_counting", count=512)                                gym_tasks.py, the package as an extra
+    load_tasks("mbpp", path="data/mbpp")                                               code_benchmarks.py
+    load_tasks("verifiers:NAME")                                                       environments_verifiers.py
     load_tasks("openai/gsm8k:main", split="heldout")                                   through `datasets`
 
 Files without splits of their own are split by a hash of the prompt: one row in five is held out, whatever the seed and the order.
@@ -13,10 +17,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from winnow.rewards.environments import KINDS, environment_tasks, with_tools
+from winnow.rewards.gym_tasks import PREFIX as GYM_PREFIX
+from winnow.rewards.gym_tasks import gym_tasks
 from winnow.rewards.language import check_split, digest, in_split
 from winnow.rewards.reasoning import gold_number
 from winnow.rewards.tasks import DOMAINS, generate_tasks
@@ -28,6 +36,7 @@ ANSWER_FIELDS = ("answer", "gold", "target")
 FIELD_NAMES = ("prompt", "answer", "system", "id")  # what `fields` may map; every other field of a row becomes metadata
 ANSWERED = ("number", "gsm8k", "exact", "choice", "math")  # rewards that compare with a gold answer
 NUMERIC = ("number", "gsm8k")
+CODE_SOURCES = ("humaneval", "mbpp", "livecodebench")  # code_benchmarks.py
 SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
@@ -55,9 +64,20 @@ def load_tasks(
         raise ValueError(f"count of {source!r} is {count}, but it must be at least 1, or left out for all")
     if source in DOMAINS:
         return generate_tasks(source, level, count or PROCEDURAL_COUNT, seed, split, domain)
+    if source in KINDS:
+        return environment_tasks(source, level, count or PROCEDURAL_COUNT, seed, split, domain)
+    if source.startswith(GYM_PREFIX):
+        return gym_tasks(source, count or PROCEDURAL_COUNT, seed, split, domain)
+    if source.startswith("verifiers:"):
+        from winnow.rewards.environments_verifiers import verifiers_tasks
+
+        found = verifiers_tasks(source.removeprefix("verifiers:"), -1, domain)
+        return [task for task in found if in_split(prompt_key(task), split)][:count]
+    if source in CODE_SOURCES:
+        return code_rows(source, path, count, seed, split, domain, reward)
     rows, name, has_splits = open_source(source, path, split)
     make = RowReader(name, domain or "reasoning", fields, reward, environment)
-    tasks = [make.task(row, where) for where, row in rows]
+    tasks = [with_tools(make.task(row, where)) for where, row in rows]
     if not has_splits:
         tasks = [task for task in tasks if in_split(prompt_key(task), split)]
     if not tasks:
@@ -71,6 +91,26 @@ def load_tasks(
 
 def prompt_key(task: Task) -> str:
     return "\n".join(message["content"] for message in task.messages)
+
+
+def code_rows(
+    source: str,
+    path: str | Path | None,
+    count: int | None,
+    seed: int,
+    split: str,
+    domain: str | None,
+    reward: str | None,
+) -> list[Task]:
+    """Tasks of a code benchmark's file, split by a hash of the prompt as other files are."""
+    from winnow.rewards.code_benchmarks import load_code_tasks
+
+    if path is None:
+        raise ValueError(
+            f"source {source!r} needs its file: give the path of the JSONL file or of the folder that holds it"
+        )
+    tasks = [task for task in load_code_tasks(source, path, seed=seed) if in_split(prompt_key(task), split)]
+    return [replace(task, domain=domain or task.domain, reward=reward or task.reward) for task in tasks][:count]
 
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # where the row stands, the row
@@ -88,7 +128,7 @@ def open_source(source: str, path: str | Path | None, split: str) -> tuple[Rows,
     if path is not None or file.suffix in SUFFIXES or file.exists():
         return read_jsonl(file), str(file), False
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        known = ", ".join([*DOMAINS, "gsm8k"])
+        known = ", ".join([*DOMAINS, *KINDS, "gsm8k", *CODE_SOURCES])
         raise ValueError(
             f"source {source!r} is no file here and no known kind ({known}); a hub data set is written owner/name"
         )

@@ -1,6 +1,6 @@
-"""Rule-based graders of final answers: number, gsm8k, exact, choice, math (LaTeX, in a killable process).
+"""Rule-based graders of final answers: number, gsm8k, exact, choice, math, reasoning_gym.
 
-All are cheap pure functions of the reply, but for `math`, which asks `math_process`. None sets an alarm or a signal handler: they work
+All are cheap pure functions of the reply, but for `math`, which may ask sympy in a process of the grader pool. None sets an alarm or a signal handler: they work
 in threads, in Ray actors and in the driver alike. Numbers are compared as exact decimals, so 18, 18.0, $18.00 and 1,8e1 are not guesses
 about floats.
 """
@@ -95,10 +95,21 @@ def verdict(right: bool, found: bool = True) -> Score:
 
 
 def math(task: Task, trajectory: Trajectory) -> Score | Failure:
-    """1 where math-verify finds the reply's answer equal to the gold one. Too long is a Failure("timeout"), not a 0."""
-    from winnow.rewards.math_process import shared
+    """1 where the reply's final answer is the gold one: numbers, LaTeX, intervals, sets, units (`math_process`). Too long is a Failure."""
+    from winnow.rewards.math_process import matches
 
-    answer = gold(task)
-    wanted = answer if "\\boxed" in answer or "$" in answer else f"${answer}$"
-    kind, detail = shared().equal(wanted, trajectory.reply)
-    return verdict(kind == "equal") if kind in ("equal", "different") else Failure(kind=kind, detail=detail)
+    right, found = matches(gold(task), trajectory.reply)
+    return right if isinstance(right, Failure) else verdict(right, found=bool(found))
+
+
+math.parallel = True  # type: ignore[attr-defined]  # it may wait for a process of the grader pool
+
+
+def reasoning_gym(task: Task, trajectory: Trajectory) -> Score:
+    """What the generator of the task (`metadata["generator"]`, from the package reasoning-gym) gives the reply's answer: 0 to 1.
+
+    The answer is in <answer> tags or \\boxed{}, else the last line. Raises ImportError where the package is not installed.
+    """
+    from winnow.rewards.gym_tasks import score_answer
+
+    return score_answer(task, trajectory.reply)

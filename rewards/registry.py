@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from winnow.rewards import agent, alignment, math_process, reasoning
-from winnow.rewards.contract import BatchReward
-from winnow.rollout.schema import Environment, Reward
+from winnow.rewards import (
+    agent,
+    alignment,
+    environments,
+    instructions,
+    math_process,
+    programs,
+    reasoning,
+    sandbox,
+    toolbox,
+)
+from winnow.rewards.pooled import pooled
+from winnow.rollout.schema import Environment, Reward, Task
 
 KNOWN_REWARDS: dict[str, Reward] = {
     "number": reasoning.number,
@@ -16,16 +25,26 @@ KNOWN_REWARDS: dict[str, Reward] = {
     "exact": reasoning.exact,
     "choice": reasoning.choice,
     "math": reasoning.math,
+    "reasoning_gym": reasoning.reasoning_gym,
+    "code": programs.code,
+    "code_share": programs.code_share,
     "tool_answer": agent.tool_answer,
+    "environment": toolbox.environment_reward,
     "rubric": alignment.rubric,
+    "ifeval": instructions.ifeval,
 }
-KNOWN_ENVIRONMENTS: dict[str, Callable[[], Environment]] = {"tool": agent.ToolEnvironment}
+VERIFIERS = "verifiers:"  # before the name of an environment of that package
+KNOWN_ENVIRONMENTS: dict[str, Callable[[], Environment]] = {
+    "tool": agent.ToolEnvironment,
+    **{name: kind.make for name, kind in environments.KINDS.items()},
+}
 
 
 def get_reward(name: str) -> Reward:
     """The reward of this name, or `package.module:function` of the user's own: `f(task, trajectory)` or TRL's `f(completions, ...)`.
 
-    Raises ValueError for an unknown name (listing the known ones) and for a reward whose package is not installed.
+    The user's own runs in a pool of processes that can be killed (pooled.py). Raises ValueError for an unknown name (listing the known
+    ones) and for a reward whose package is not installed.
     """
     if name == "math" and not math_process.available():
         raise ValueError(
@@ -46,12 +65,30 @@ def imported_reward(name: str) -> Reward:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
-    parameters = inspect.signature(function).parameters
-    return BatchReward(function, name) if "completions" in parameters else function
+    if module_name.startswith("winnow."):  # ours: cheap, or in processes of its own
+        return function
+    return pooled(name, function)
+
+
+def prepare(tasks: Iterable[Task]) -> list[str]:
+    """Finds every reward that the tasks name, before anything is sampled for them; lines that a user should see.
+
+    Raises ValueError for a reward that is not there, and for code to be run where no sandbox works.
+    """
+    names = {task.reward for task in tasks}
+    lines = []
+    for name in sorted(names):
+        if isinstance(get_reward(name), programs.CodeReward):
+            lines = [sandbox.shared().describe()]
+    return lines
 
 
 def make_environment(name: str) -> Environment:
     """A fresh environment of this name, for one episode. Picklable by reference: it is handed to the rollout workers."""
+    if name.startswith(VERIFIERS):
+        from winnow.rewards.environments_verifiers import VerifiersEnvironment, load_environment
+
+        return VerifiersEnvironment(lambda: load_environment(name.removeprefix(VERIFIERS)))
     if name not in KNOWN_ENVIRONMENTS:
         raise ValueError(f"environment {name!r} is unknown: known are {', '.join(KNOWN_ENVIRONMENTS)}")
     return KNOWN_ENVIRONMENTS[name]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ PROMPT, NEW = 128, 32  # tokens
 PROMPTS, SAMPLES = 8, 4
 
 
-def measure(what: str, model: str | None, threads: int, seconds: float) -> dict[str, Any]:
-    """The figures of "kernels", "rollout" or "step". Without a model folder, a small random model stands in."""
+def measure(
+    what: str, model: str | None, threads: int, seconds: float, only: Sequence[str] = (), timed: bool = True
+) -> dict[str, Any]:
+    """The figures of "kernels" (its rows named by `only`), "rewards", "rollout" or "step". Without a model folder, a small random model stands in."""
     import torch
 
     torch.set_num_threads(threads)
@@ -29,9 +31,13 @@ def measure(what: str, model: str | None, threads: int, seconds: float) -> dict[
     if torch.cuda.is_available():
         result["device"] = torch.cuda.get_device_name()
     if what == "kernels":
-        from winnow.kernels.bench import measure_ops
+        from winnow.kernels.bench import measure_kernels
 
-        return result | {"figures": measure_ops(seconds)}
+        return result | {"figures": measure_kernels(only, seconds, timed)}
+    if what == "rewards":
+        from winnow.rl.bench_rewards import bench_rewards
+
+        return result | {"figures": bench_rewards(seconds)}
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
         path = model or str(random_model(Path(scratch) / "model"))
         figures = bench_rollout(path, seconds) if what == "rollout" else bench_step(path, threads, seconds)

@@ -80,6 +80,14 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. top_k=64 data=texts/ warmup_batches=20"
     )
+    convert.add_argument(
+        "--table",
+        action="store_true",
+        help="what each part of the recipe is worth, as a table; OUT/k<first> is the model",
+    )
+    convert.add_argument(
+        "--k", type=positive_list, default=[], metavar="K,K", help="the table's top_k, e.g. 256,512 (top_k alone)"
+    )
     for name, text in (
         ("train", "one RL run: a specialist or the mixed stage"),
         ("distill", "the pipeline as far as the student: specialists, their verified data, SFT"),
@@ -98,10 +106,19 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
     evaluate = verbs.add_parser("eval", help="score a model on tasks, with intervals and the best constant answer")
     evaluate.add_argument("model")
     evaluate.add_argument(
-        "--tasks", required=True, help="names, separated by commas: lookup, tool, rubric, addition, gsm8k, FILE.jsonl"
+        "--retention", action="store_true", help="what sparse attention kept and saves, on --text; instead of --tasks"
     )
-    evaluate.add_argument("--limit", type=positive, default=64, help="tasks of each (64)")
-    evaluate.add_argument("--data", help="the file or folder of a benchmark that needs one")
+    evaluate.add_argument("--text", help="--retention: a text file, JSONL, a folder or hub:name, none of it trained on")
+    evaluate.add_argument("--length", type=positive, default=512, help="--retention: tokens of a text (512)")
+    evaluate.add_argument(
+        "--tasks", help="names, separated by commas: lookup, tool, rubric, addition, gsm8k, humaneval, mbpp, FILE.jsonl"
+    )
+    evaluate.add_argument("--limit", type=limit, default=64, help="tasks of each, or all (64)")
+    evaluate.add_argument("--data", help="the file of a benchmark, or a folder with one for each; else the hub")
+    evaluate.add_argument("--shots", type=count, default=0, help="worked examples before each question (0)")
+    evaluate.add_argument(
+        "--template", help="the prompt, with {question} in it: a text or a file (the benchmark's own)"
+    )
     evaluate.add_argument("--level", type=int, default=1, help="of procedural tasks (1)")
     evaluate.add_argument("--out", help="a JSONL file for every answer (MODEL.answers.jsonl in the current folder)")
     evaluate.add_argument("--max-turns", type=positive, default=4, help="of tasks with an environment (4)")
@@ -114,10 +131,12 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
         verb.add_argument("--max-tokens", type=positive, default=tokens, help=f"new tokens a turn ({tokens})")
         verb.add_argument("--seed", type=int, default=0)
-        verb.add_argument("--batch", type=positive, default=64, help="sequences that decode together (64)")
+        verb.add_argument("--batch", type=positive, help="sequences that decode together (64, on a GPU 512)")
         verb.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
-        verb.add_argument("--device", default="cpu")
-        verb.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+        verb.add_argument("--device", default="auto", help="cpu, cuda, ... (a GPU where there is one)")
+        verb.add_argument(
+            "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="(float32, on a GPU bfloat16)"
+        )
         verb.add_argument(
             "--selector",
             default="indexer",
@@ -140,10 +159,23 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
-    bench.add_argument("what", choices=("kernels", "rollout", "step"))
-    bench.add_argument("--model", help="a model folder (rollout, step); without it a small random one")
+    bench.add_argument("what", choices=("kernels", "rollout", "step", "rewards", "cost", "warmup", "memory"))
+    bench.add_argument(
+        "--model",
+        help="a model folder (rollout, step) or a shape (cost, memory): qwen3-1.7b, v3.2 ...; without it a small random one",
+    )
     bench.add_argument("--threads", type=positive, default=1)
     bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
+    bench.add_argument(
+        "--only", nargs="+", metavar="NAME", help="kernels: the rows whose names contain one of these, e.g. mla topk"
+    )
+    bench.add_argument(
+        "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
+    )
+    bench.add_argument("--out", help="a file for the same JSON")
+    bench.add_argument("--device", default="cpu", help="cost, warmup, memory: where to measure (cpu)")
+    bench.add_argument("--layers", type=positive, help="cost, memory: cut the shape to so many layers")
+    bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory: contexts in tokens")
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")
@@ -156,6 +188,22 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
+def limit(text: str) -> int:
+    """A number of tasks; 0 stands for all."""
+    return 0 if text == "all" else positive(text)
+
+
+def positive_list(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parsed arguments. Overrides may also follow an option, which argparse alone does not allow. Usage errors exit with code 2."""
     arguments, rest = parser.parse_known_args(argv)
@@ -166,6 +214,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     for override in getattr(arguments, "overrides", []):
         if "=" not in override:
             parser.error(f"{override!r} is not of the form key=value, e.g. learner.lr=1e-5")
+    if arguments.verb == "eval" and arguments.retention == bool(arguments.tasks):
+        parser.error("eval needs --tasks, or --retention with --text")
     if arguments.verb == "submit" and not [word for word in arguments.command if word != "--"]:
         parser.error("submit needs a command, e.g. winnow submit train my.yaml")
     return arguments

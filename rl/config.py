@@ -47,7 +47,16 @@ class DomainConfig:
     beta: float = number(0.0, low=0)  # strength of the KL to the reference
     max_tokens: int = number(64, low=1)  # per turn
     max_turns: int = number(1, low=1)
+    max_total_tokens: int | None = number(
+        None, low=1
+    )  # of an episode: prompt and every turn; null: the engine's context
+    environment: str | None = None  # for rows of a file: where their episodes take place
     length_penalty: float = number(0.0, low=0)  # weight of the soft overlong penalty
+    script: str = "latin"  # what replies should be written in, for language_penalty: latin, cyrillic, cjk, ...
+    language_penalty: float = number(0.0, low=0)  # for all letters in another script
+    repetition_penalty: float = number(0.0, low=0)  # for nothing but repeated groups of four words
+    token_budget: int = number(0, low=0)  # generated tokens that cost nothing; 0: no budget
+    budget_penalty: float = number(0.0, low=0)  # for twice the budget and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,9 @@ class AlgorithmConfig:
     keep_kept_sets: bool = True  # the learner scores each token on the set it was drawn from
     recompute_old: bool = False  # old_logprobs from the learner instead of the rollout's own
     max_mismatch: float = number(0.1, low=0, open_low=True)  # mismatch/k3_kl above this stops the run
+    max_failures: float = number(
+        0.25, low=0, high=1
+    )  # a larger share of a domain's samples without a score stops the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +152,22 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Who answers the questions of rubrics, and who checks that answer. Programmatic criteria need no judge."""
+
+    model: str = (
+        ""  # "policy": the policy itself, as it is now; a model folder: that checkpoint, on this machine; "": nobody
+    )
+    holdout: str = ""  # a stronger judge's folder: compared with the first one at every step, never rewarded by
+    holdout_samples: int = number(32, low=1)  # a step
+    min_mass: float = number(1e-3, low=0, high=1)  # yes and no together; below it the judge has not answered
+    device: str = "cpu"
+    dtype: str = choice("float32", "float32", "bfloat16")
+    threads: int = number(1, low=1)
+    num_pages: int = number(1024, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = "run"
     seed: int = number(0, low=0)
@@ -153,6 +181,7 @@ class Config:
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property

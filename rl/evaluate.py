@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,12 +21,15 @@ import numpy as np
 from winnow.rewards.baseline import constant_baseline
 from winnow.rewards.contract import grade, success
 from winnow.rewards.registry import get_reward
+from winnow.rl.answers import partial_file, resumed
 from winnow.rl.excerpts import attention_stats, index_excerpt
+from winnow.rl.pass_at_k import by_k
 from winnow.rollout.schema import Failure, Generate, Group, Request, Sampling, Score, Task
 
 Z95 = 1.959964  # of the normal distribution, two-sided 95 %
 EXCERPTS = 2  # answers per domain whose index sets are written out, for the report
 BASELINE_CANDIDATES = 32
+FEWEST_BY_LENGTH = 20  # samples below which accuracy by length says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,15 @@ class DomainResult:
     failures: int = 0
     constant: float | None = None  # the share that the best constant reply solves
     constant_reply: str = ""
+    pass_at: Mapping[str, tuple[float, float, float]] = field(
+        default_factory=dict
+    )  # k -> pass@k with its interval; several samples
     attention: Mapping[str, float] = field(default_factory=dict)  # mean_selected, mean_available, sparse_rows
+    by_length: Sequence[
+        tuple[int, int, float]
+    ] = ()  # quarters of the samples: generated tokens up to, samples, share solved
+    failure_kinds: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)  # mean of each part of the reward
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,18 +97,22 @@ def evaluate(
     answers: Path | None = None,
     tokenizer: Any = None,
     baseline: bool = True,
+    model: str = "",
 ) -> dict[str, DomainResult]:
     """Runs and grades the requests; results by domain, in order of first appearance.
 
-    `answers`: a JSONL file that gets every sample. `tokenizer`: lets the answers file name the tokens that the index chose. Raises
-    ValueError for no requests.
+    `answers`: a JSONL file that gets every sample. `tokenizer`: lets the answers file name the tokens that the index chose. `model`: what
+    answers; where it is given, samples of an interrupted evaluation with the same answers file are used again. Raises ValueError for no
+    requests.
     """
     if not requests:
         raise ValueError("there is nothing to evaluate: no task was given")
     order = {request.request_id: number for number, request in enumerate(requests)}
-    groups = grade(get_reward, sorted(generate(requests), key=lambda group: order[group.request.request_id]))
+    sampled = resumed(generate, requests, answers if model else None, model)
+    groups = grade(get_reward, sorted(sampled, key=lambda group: order[group.request.request_id]))
     if answers is not None:
         write_answers(answers, groups, tokenizer)
+        partial_file(answers).unlink(missing_ok=True)
     by_domain: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         by_domain[group.request.task.domain].append(group)
@@ -106,20 +121,30 @@ def evaluate(
 
 def summarise(domain: str, groups: Sequence[Group], baseline: bool = True) -> DomainResult:
     """The result of one domain's graded groups."""
-    per_task, per_task_reward, rewards, failures = [], [], [], 0
+    per_task, per_task_reward, rewards = [], [], []
+    kinds: Counter[str] = Counter()
+    parts: dict[str, list[float]] = defaultdict(list)
+    right: list[tuple[int, int]] = []  # samples with a score, and those that solved the task
     for group in groups:
         scores = [score for score in group.scores if isinstance(score, Score)]
-        failures += len(group.scores) - len(scores)
+        kinds.update(score.kind for score in group.scores if isinstance(score, Failure))
+        for score in scores:
+            for name, value in score.parts.items():
+                parts[name].append(value)
         rewards += [score.value for score in scores]
         if scores:
             per_task.append(float(np.mean([success(score) for score in scores])))
             per_task_reward.append(float(np.mean([score.value for score in scores])))
+            right.append((len(scores), sum(success(score) == 1 for score in scores)))
     mean, low, high = interval(per_task)
     reward, reward_low, reward_high = interval(per_task_reward)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     tasks = [group.request.task for group in groups]
     max_turns = max(group.request.max_turns for group in groups)
-    reply, rate = constant_baseline(tasks, BASELINE_CANDIDATES, max_turns) if baseline else ("", None)
+    cheap = baseline and not any(
+        getattr(get_reward(name), "parallel", False) for name in {task.reward for task in tasks}
+    )
+    reply, rate = constant_baseline(tasks, BASELINE_CANDIDATES, max_turns) if cheap else ("", None)
     return DomainResult(
         domain=domain,
         mean=mean,
@@ -132,11 +157,41 @@ def summarise(domain: str, groups: Sequence[Group], baseline: bool = True) -> Do
         reward_high=reward_high,
         length=float(np.mean([t.num_generated for t in trajectories])),
         truncated=float(np.mean([t.finish_reason == "length" for t in trajectories])),
-        failures=failures,
+        failures=sum(kinds.values()),
         constant=rate,
         constant_reply=reply,
+        pass_at=by_k(right, interval) if max((n for n, _ in right), default=0) > 1 else {},
         attention=attention_stats(trajectories),
+        by_length=by_length(groups),
+        failure_kinds=dict(kinds),
+        parts={name: float(np.mean(values)) for name, values in parts.items()},
     )
+
+
+def by_length(groups: Sequence[Group], pieces: int = 4) -> list[tuple[int, int, float]]:
+    """Accuracy against generated tokens: the samples in order of length, cut in equal pieces: (longest, samples, share solved)."""
+    rows = [
+        (trajectory.num_generated, success(score))
+        for group in groups
+        for trajectory, score in zip(group.trajectories, group.scores, strict=True)
+        if isinstance(score, Score)
+    ]
+    rows.sort(key=lambda row: row[0])
+    cuts = [rows[len(rows) * i // pieces : len(rows) * (i + 1) // pieces] for i in range(pieces)]
+    return [(cut[-1][0], len(cut), float(np.mean([solved for _, solved in cut]))) for cut in cuts if cut]
+
+
+def details(results: Mapping[str, DomainResult]) -> str:
+    """What the table has no room for: accuracy by generated tokens, failures by kind; "" where there is nothing to say."""
+    lines = []
+    for name, r in results.items():
+        if sum(n for _, n, _ in r.by_length) >= FEWEST_BY_LENGTH:
+            lines.append(
+                f"{name} solved by tokens: " + ", ".join(f"up to {n}: {share:.3f}" for n, _, share in r.by_length)
+            )
+        if r.failure_kinds:
+            lines.append(f"{name} failures: " + ", ".join(f"{kind} {n}" for kind, n in r.failure_kinds.items()))
+    return "\n".join(lines)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -187,6 +242,7 @@ def write_answers(path: Path, groups: Sequence[Group], tokenizer: Any = None) ->
         for group, number in each_sample(groups):
             trajectory, score = group.trajectories[number], group.scores[number]
             row = sample_row(trajectory, score) | {"answer": group.request.task.answer}
+            row["num_tokens"] = trajectory.num_generated
             if not isinstance(score, Failure):
                 row["solved"] = success(score)
             if trajectory.index_record is not None and written[trajectory.domain] < EXCERPTS:
@@ -232,6 +288,8 @@ def table(results: Mapping[str, DomainResult]) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for name, r in results.items():
+        chances = (f"pass@{k} {mean:.3f} ({low:.3f} to {high:.3f})" for k, (mean, low, high) in r.pass_at.items())
+        lines += [f"{name}: {', '.join(chances)}"] if r.pass_at else []
+    return "\n".join(lines)

@@ -85,6 +85,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
             staleness = max(staleness, version - int(drawn.min())) if len(drawn) else staleness
             if isinstance(score, Failure):
                 failures[score.kind] += 1
+                failures[f"{trajectory.domain}/{score.kind}"] += 1
             elif isinstance(score, Score):
                 rewards[trajectory.domain].append(score.value)
                 for name, value in score.parts.items():

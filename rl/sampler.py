@@ -43,6 +43,7 @@ class TaskSampler:
                         num_samples=self.config.rollout.samples,
                         sampling=sampling,
                         max_turns=domain.max_turns,
+                        max_total_tokens=domain.max_total_tokens,
                     )
                 )
         return made
@@ -68,6 +69,7 @@ def domain_tasks(config: Config, split: str) -> dict[str, list[Task]]:
             made[domain.name] = load_tasks(
                 domain.source, domain.name, wanted, config.seed, split, domain.level,
                 fields=domain.fields or None, reward=domain.reward, path=domain.path,
+                environment=domain.environment,
             )  # fmt: skip
     return made
 

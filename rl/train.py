@@ -16,18 +16,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from winnow.rewards.contract import grade
-from winnow.rewards.registry import get_reward
+from winnow.rewards.contract import check_failures
 from winnow.rl.advantages import compute_advantages
 from winnow.rl.batching import make_batch
 from winnow.rl.checkpoints import latest_checkpoint, read_checkpoint, save_checkpoint
 from winnow.rl.cluster import Cluster, connect
 from winnow.rl.config import Config, config_hash
+from winnow.rl.grading import grade_groups, held_out_metrics, prepared_tasks
 from winnow.rl.holdout import holdout_metrics
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.metrics import group_metrics, speed_metrics
 from winnow.rl.run import Run, Stopwatch
-from winnow.rl.sampler import TaskSampler, domain_tasks
+from winnow.rl.sampler import TaskSampler
 from winnow.rollout.schema import Group
 
 
@@ -36,7 +36,7 @@ def train(config: Config, cluster: Cluster | None = None, progress: Callable[[st
 
     `cluster` lends running processes (the pipeline keeps them between stages); without it they are started and ended here.
     """
-    sampler = TaskSampler(domain_tasks(config, "train"), config)
+    sampler = TaskSampler(prepared_tasks(config, progress), config)
     newest = latest_checkpoint(config.folder / "checkpoints") if config.resume else None
     start = read_checkpoint(newest) if newest else None
     run = Run(config, start.step if start else 0, start.path if start else None)
@@ -71,8 +71,9 @@ def learn(
 ) -> dict[str, float]:
     """From ungraded groups to new weights in the pool: the step's metrics."""
     with watch("reward"):
-        groups = grade(get_reward, groups, {domain.name: domain.length_penalty for domain in config.domains})
+        groups = grade_groups(config, groups, cluster.pool)
         run.save_samples(step, groups)
+        check_failures(groups, config.algorithm.max_failures)
     with watch("learn"):
         advantages = compute_advantages(groups, config.algorithm, config.domains)
         batch = make_batch(
@@ -85,6 +86,7 @@ def learn(
     return {
         **group_metrics(groups, step - 1),
         **advantages.metrics,
+        **held_out_metrics(config, groups),
         **report.metrics,
         **speed_metrics(watch.times, groups),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ from typing import Any
 
 def convert(arguments: argparse.Namespace) -> None:
     from winnow.rl.config import typed
-    from winnow.rl.convert import ConvertOptions
     from winnow.rl.convert import convert as run
+    from winnow.rl.convert_options import ConvertOptions
 
-    run(arguments.model, arguments.out, typed(ConvertOptions, {}, arguments.overrides), progress=say)
+    options = typed(ConvertOptions, {}, arguments.overrides)
+    if arguments.table:
+        from winnow.rl.ablation import as_markdown, convert_table
+
+        print(as_markdown(convert_table(arguments.model, arguments.out, options, arguments.k or [options.top_k], say)))
+        return
+    run(arguments.model, arguments.out, options, progress=say)
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -91,15 +98,34 @@ def describe_pipeline(config: Any) -> str:
 
 
 def eval(arguments: argparse.Namespace) -> None:
+    from winnow.rl.local import settle
+
+    settle(arguments)
+    if arguments.retention:
+        from winnow.rl.retention_eval import evaluate_retention
+
+        print(evaluate_retention(arguments, say))
+        return
     from winnow.rewards.benchmarks import load_benchmark
-    from winnow.rl.evaluate import evaluate, make_requests, table
+    from winnow.rewards.registry import prepare
+    from winnow.rl.evaluate import details, evaluate, make_requests, table
     from winnow.rl.local import local_pool
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     tasks = []
     for name in names:
-        found = load_benchmark(name, arguments.limit, arguments.seed, arguments.level, arguments.data)
+        found = load_benchmark(
+            name,
+            arguments.limit or None,
+            arguments.seed,
+            arguments.level,
+            arguments.data,
+            arguments.shots,
+            template(arguments),
+        )
         tasks += [renamed(task, Path(name).stem) for task in found]
+    for line in prepare(tasks):
+        say(line)
     requests = make_requests(
         tasks,
         samples=arguments.samples,
@@ -109,10 +135,22 @@ def eval(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     answers = Path(arguments.out or f"{Path(arguments.model).name}.answers.jsonl")
+    model = f"{Path(arguments.model).resolve() if Path(arguments.model).exists() else arguments.model} {arguments.selector} {arguments.dtype}"
     with local_pool(arguments, requests) as pool:
-        results = evaluate(pool.generate, requests, answers=answers, tokenizer=pool.runner.engine.tokenizer)
-    print(table(results))
+        start = time.monotonic()
+        tokenizer = pool.runner.engine.tokenizer
+        results = evaluate(pool.generate, requests, answers=answers, tokenizer=tokenizer, model=model)
+    print("\n".join(text for text in (table(results), details(results)) if text))
+    say(
+        f"{time.monotonic() - start:.1f} s for {sum(request.num_samples for request in requests)} samples on {arguments.device}"
+    )
     say(f"every answer: {answers}")
+
+
+def template(arguments: argparse.Namespace) -> str | None:
+    """The text of --template: given on the command line, or in a file."""
+    given = arguments.template
+    return Path(given).read_text(encoding="utf-8") if given and Path(given).is_file() else given
 
 
 def renamed(task: Any, domain: str) -> Any:
@@ -124,8 +162,9 @@ def renamed(task: Any, domain: str) -> Any:
 
 def generate(arguments: argparse.Namespace) -> None:
     from winnow.rl.generate import answer_prompts, read_prompts
-    from winnow.rl.local import local_pool
+    from winnow.rl.local import local_pool, settle
 
+    settle(arguments)
     requests = read_prompts(arguments.prompts, arguments)
     with local_pool(arguments, requests) as pool:
         rows = answer_prompts(pool.generate, requests)
@@ -158,8 +197,22 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     from winnow.rl.bench import measure
+    from winnow.rl.bench_models import measure_models
 
-    print(json.dumps(measure(arguments.what, arguments.model, arguments.threads, arguments.seconds), indent=1))
+    timed = not arguments.check
+    if arguments.what in ("cost", "warmup", "memory"):
+        figures = measure_models(arguments.what, arguments)
+    else:
+        figures = measure(
+            arguments.what, arguments.model, arguments.threads, arguments.seconds, arguments.only or (), timed
+        )
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if arguments.out:
+        Path(arguments.out).write_text(text + "\n")
+    wrong = [row for row in figures.get("figures", {}).get("rows", []) if "wrong" in row]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} kernels are wrong and were not timed, the first: {wrong[0]}")
 
 
 def report(arguments: argparse.Namespace) -> None:

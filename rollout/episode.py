@@ -3,22 +3,32 @@
     Request -> prompt tokens -> [engine turn -> reply -> environment -> observation tokens]* -> Trajectory -> Group
 
 Every live sample of every request advances in the same engine batch: a sample whose environment has answered rejoins the batch at the
-next step, its cache still filled. Tokens are appended, never rebuilt: what was generated is not tokenised again.
+next step, its cache still filled. Environments that may take long (`slow = True`, e.g. an interpreter) answer in threads, and the others
+go on meanwhile. Tokens are appended, never rebuilt: what was generated is not tokenised again.
+
+An environment that raises costs its sample, not the run: the state says `failure`, which a reward hands on as a Failure.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from winnow.rollout.engine import Engine
-from winnow.rollout.schema import Environment, Group, Message, Request, Trajectory
+from winnow.rollout.schema import Environment, Group, Message, Request, Step, Trajectory
 from winnow.rollout.sequence import Sequence as Sample
 from winnow.rollout.template import ChatTemplate
 
 EnvironmentFactory = Callable[[str], Environment]
+SLOW_THREADS = 16  # environments that answer at the same time
+SLOW_S = 600.0  # after which one of them counts as broken
+IDLE_S = 0.05  # how long a step without work for the engine waits for one of them
+DETAIL = 300  # characters of an exception that are kept
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -32,6 +42,7 @@ class _Episode:
     sample: Sample | None = None
     turns: int = 0
     reason: str = ""  # why it ended
+    failure: str = ""  # what the environment raised
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -48,6 +59,8 @@ class EpisodeRunner:
         self.engine, self.template, self.environments = engine, template, environments
         self._jobs: dict[str, _Job] = {}
         self._episodes: dict[Sample, _Episode] = {}
+        self._answering: dict[Future[Step], tuple[Sample, float]] = {}  # slow environments at work, and until when
+        self._threads: ThreadPoolExecutor | None = None
 
     @property
     def has_work(self) -> bool:
@@ -84,13 +97,19 @@ class EpisodeRunner:
     def step(self) -> list[tuple[str, Group | Exception]]:
         """One engine step and the environments' answers to it: (request id, group or why there is none) of what ended."""
         results: list[tuple[str, Group | Exception]] = []
-        for sample in self.engine.step():
+        if self._answering and not self.engine.has_work:
+            wait(self._answering, IDLE_S, FIRST_COMPLETED)
+        turns: list[tuple[Sample, Future[Step] | None]] = [(sample, None) for sample in self.engine.step()]
+        for sample, future in [*self._answered(), *turns]:
             episode = self._episodes.get(sample)
-            if episode is None:  # its request failed in this very loop
+            if episode is None:  # its request failed or was cancelled meanwhile
                 continue
             request = episode.job.request
             try:
-                self._after_turn(episode, sample)
+                if future is None:
+                    self._after_turn(episode, sample)
+                else:
+                    self._after_answer(episode, sample, _outcome(episode, lambda: future.result(0)))  # noqa: B023
             except Exception as error:
                 self.cancel(request.request_id)
                 results.append((request.request_id, error))
@@ -135,27 +154,44 @@ class EpisodeRunner:
         [episode.sample] = self.engine.add(prompt, request.sampling, 1, request.request_id, total, first_sample=number)
         self._episodes[episode.sample] = episode
 
+    def _answered(self) -> list[tuple[Sample, Future[Step]]]:
+        """The slow environments that have answered, or had their time: their `result(0)` raises TimeoutError."""
+        now = time.monotonic()
+        ready = [future for future, (_, until) in self._answering.items() if future.done() or now > until]
+        return [(self._answering.pop(future)[0], future) for future in ready]
+
     def _after_turn(self, episode: _Episode, sample: Sample) -> None:
-        """Takes the reply of a finished turn, asks the environment, and opens the next turn or ends the episode."""
-        request = episode.job.request
+        """Takes the reply of a finished turn and asks the environment, here or in a thread."""
+        request, environment = episode.job.request, episode.environment
         reply = cut_after(self.template.text(sample.reply_ids), request.sampling.stop)
         episode.messages.append({"role": "assistant", "content": reply})
         episode.turns += 1
         assert sample.finish is not None
         episode.reason = sample.finish
-        if episode.environment is not None:
-            answer = episode.environment.step(reply)
-            if answer.done:
-                episode.reason = "done"
-            elif episode.reason != "length" and episode.turns < request.max_turns:
-                observation = self.template.observation_ids(episode.messages, answer.messages, sample.tokens[-1])
-                if len(observation) < sample.room:
-                    before = len(sample.tokens)
-                    self.engine.extend(sample, observation)
-                    assert len(sample.tokens) == before + len(observation), "a turn must only ever append"
-                    episode.messages += answer.messages
-                    return
-                episode.reason = "length"
+        if environment is None:
+            self._end(episode, sample)
+        elif getattr(environment, "slow", False):
+            self._threads = self._threads or ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="environment")
+            self._answering[self._threads.submit(environment.step, reply)] = (sample, time.monotonic() + SLOW_S)
+        else:
+            self._after_answer(episode, sample, _outcome(episode, lambda: environment.step(reply)))
+
+    def _after_answer(self, episode: _Episode, sample: Sample, answer: Step) -> None:
+        """Opens the next turn with what the environment answered, or ends the episode."""
+        if answer.done:
+            episode.reason = "done"
+        elif episode.reason != "length" and episode.turns < episode.job.request.max_turns:
+            observation = self.template.observation_ids(episode.messages, answer.messages, sample.tokens[-1])
+            if len(observation) < sample.room:
+                before = len(sample.tokens)
+                self.engine.extend(sample, observation)
+                assert len(sample.tokens) == before + len(observation), "a turn must only ever append"
+                episode.messages += answer.messages
+                return
+            episode.reason = "length"
+        self._end(episode, sample)
+
+    def _end(self, episode: _Episode, sample: Sample) -> None:
         episode.job.trajectories[episode.number] = self._trajectory(episode, sample)
         del self._episodes[sample]
         self.engine.release(sample)
@@ -179,8 +215,29 @@ class EpisodeRunner:
             temperature=request.sampling.temperature,
             kept_sets=sample.kept_sets(),
             index_record=record,
-            environment_state=dict(episode.environment.state()) if episode.environment is not None else {},
+            environment_state=_state(episode),
         )
+
+
+def _outcome(episode: _Episode, ask: Callable[[], Step]) -> Step:
+    """What the environment answers; the end of the episode where it raises instead."""
+    try:
+        return ask()
+    except Exception as error:
+        episode.failure = f"{type(episode.environment).__name__}: {type(error).__name__}: {error}"[:DETAIL]
+        return Step(done=True)
+
+
+def _state(episode: _Episode) -> dict[str, Any]:
+    """The environment's final state, or why there is none."""
+    if episode.environment is None:
+        return {}
+    if not episode.failure:
+        try:
+            return dict(episode.environment.state())
+        except Exception as error:
+            episode.failure = f"{type(episode.environment).__name__}.state: {type(error).__name__}: {error}"[:DETAIL]
+    return {"failure": {"kind": "environment", "detail": episode.failure}}
 
 
 def cut_after(text: str, stops: Sequence[str]) -> str:

@@ -242,7 +242,12 @@ class Step:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode's world. A fresh one is made for every sample; `state` is what the reward sees at the end (JSON values)."""
+    """One episode's world. A fresh one is made for every sample; `state` is what the reward sees at the end (JSON values).
+
+    Two keys of the state are read by name: `reward` with `parts`, where the world grades itself (reward `environment`), and `failure`
+    ({"kind", "detail"}), where it broke. An environment whose attribute `slow` is true is stepped in a thread of its own.
+    `rewards/toolbox.py` is a base class with tools, JSON schemas and parallel calls.
+    """
 
     def reset(self, task: Task) -> tuple[Message, ...]:
         """Messages to append to the task's own before the first turn (often none)."""

@@ -144,7 +144,7 @@ def test_missing_files_and_unknown_sources(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file .*trian.jsonl; did you mean .*train.jsonl"):
         load_tasks(str(tmp_path / "trian.jsonl"))
     with pytest.raises(
-        ValueError, match=r"'lookups' is no file here and no known kind .lookup, tool, rubric, addition, gsm8k."
+        ValueError, match=r"'lookups' is no file here and no known kind .lookup, tool, rubric, addition, calculator"
     ):
         load_tasks("lookups")
     with pytest.raises(ValueError, match="there is no file"):

@@ -220,6 +220,34 @@ def test_budgets(tokenizer):
     assert all(t.turns == 1 and t.finish_reason == "length" and t.num_generated < 20 for t in group.trajectories)
 
 
+def test_slow_environments_answer_in_threads_and_hold_nobody_up(tokenizer):
+    """The samples of a slow environment wait together, an ordinary request ends meanwhile, and the episodes are those of a fast one."""
+    import threading
+    import time
+
+    met = threading.Barrier(3, timeout=30)  # passes only when all three samples wait at the same time
+
+    class Slow(Counter):
+        slow = True
+
+        def step(self, reply):
+            if not self.seen:
+                met.wait()
+                time.sleep(0.2)
+            return super().step(reply)
+
+    wanted = [request("s", 3, "2", 3, sampling=TALKATIVE), request("q", 2)]
+    runner = runner_for(tokenizer, lambda name: Slow(2))
+    order = [group.request.request_id for group in runner.run(wanted)]
+    assert order == ["q", "s"]
+    slow = {group.request.request_id: group for group in runner_for(tokenizer, lambda name: Slow(2)).run(wanted)}
+    fast = {group.request.request_id: group for group in runner_for(tokenizer, lambda name: Counter(2)).run(wanted)}
+    for name in ("s", "q"):
+        for left, right in zip(slow[name].trajectories, fast[name].trajectories, strict=True):
+            assert left.tokens.tolist() == right.tokens.tolist() and left.turns == right.turns
+    assert not runner.engine.scheduler.live and not runner._answering
+
+
 def test_stop_texts_stay_in_the_reply():
     assert cut_after("abc</x>def</x>", ("</y>", "</x>")) == "abc</x>" and cut_after("abc", ("z",)) == "abc"
 
@@ -239,11 +267,14 @@ def test_failures_touch_only_their_own_request(tokenizer):
     results = {}
     while runner.has_work:
         results |= dict(runner.step())
-    assert (
-        isinstance(results["bad"], KeyError)
-        and len(results["fine"].trajectories) == 2
-        and set(results) == {"bad", "fine"}
-    )
+    assert set(results) == {"bad", "fine"} and [len(group.trajectories) for group in results.values()] == [2, 2]
+    for trajectory in results["bad"].trajectories:  # a sample lost, not the run
+        assert trajectory.finish_reason == "done" and trajectory.turns == 1
+        assert trajectory.environment_state["failure"] == {
+            "kind": "environment",
+            "detail": "Broken: KeyError: 'no such tool'",
+        }
+    assert all("failure" not in trajectory.environment_state for trajectory in results["fine"].trajectories)
     assert not runner.engine.scheduler.live and runner.engine.cache.num_free == 300
     with pytest.raises(ValueError, match="built without environments"):
         runner_for(tokenizer).run([request(environment="x")])

@@ -15,6 +15,7 @@ from winnow.rewards.demonstrations import demonstrations
 from winnow.rewards.tasks import generate_tasks
 from winnow.rl.evaluate import evaluate, interval, make_requests, student_t, summarise, table, wilson
 from winnow.rl.excerpts import attention_stats, index_excerpt
+from winnow.rl.pass_at_k import pass_at_k
 from winnow.rollout.schema import Failure, Group, IndexRecord, Request, Score, Task, Trajectory
 
 
@@ -152,3 +153,29 @@ def test_an_excerpt_shows_the_queries_that_drew_tokens() -> None:
     assert [query["position"] for query in excerpt["queries"]] == [6, 7, 8]
     assert excerpt["queries"][0]["layers"] == {"0": [0, 1, 2], "1": [4, 5, 6]}
     assert index_excerpt(replace(recorded(), index_record=None)) is None
+
+
+def test_pass_at_k_is_unbiased_and_right_at_its_ends() -> None:
+    assert [pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert pass_at_k(5, 0, 5) == 0 and pass_at_k(5, 5, 1) == 1
+    for bad in ((3, 1, 4), (3, 1, 0), (3, 4, 1)):
+        with pytest.raises(ValueError, match=r"needs 1 <= k <= samples"):
+            pass_at_k(*bad)
+    rng = np.random.default_rng(0)
+    draws = rng.random((4000, 6)) < 0.3
+    for k in (1, 2, 3):
+        assert np.mean([pass_at_k(6, int(row.sum()), k) for row in draws]) == pytest.approx(1 - 0.7**k, abs=0.015)
+
+
+def test_several_samples_get_pass_at_k_with_intervals() -> None:
+    tasks = generate_tasks("addition", count=4)
+    replies = iter(["0"] * 999)
+    result = evaluate(
+        scripted(lambda _: next(replies)), make_requests(tasks, samples=6, temperature=1.0), baseline=False
+    )
+    assert list(result["reasoning"].pass_at) == ["1", "2", "4", "6"]
+    groups = list(scripted(right)(make_requests(tasks, samples=2, temperature=1.0)))
+    graded = [replace(g, scores=(Score(value=float(n < 2)), Score(value=0.0))) for n, g in enumerate(groups)]
+    found = summarise("sums", graded, baseline=False)
+    assert found.pass_at["1"][0] == found.mean == 0.25 and found.pass_at["2"] == interval([1.0, 1.0, 0.0, 0.0])
+    assert "pass@2 0.500" in table({"sums": found}) and "pass@" not in table({"sums": replace(found, pass_at={})})

@@ -71,7 +71,9 @@ def test_no_room_has_an_init_file() -> None:
 
 def test_the_package_list_equals_the_tree() -> None:
     folders = {
-        path.name for path in ROOT.iterdir() if path.is_dir() and (any(path.glob("*.py")) or path.name == "configs")
+        path.name
+        for path in ROOT.iterdir()
+        if path.is_dir() and path.name[0] != "." and (any(path.glob("*.py")) or path.name == "configs")
     }
     expected = {f"winnow.{name}": name for name in folders - {"tests"}}
     setup = PYPROJECT["tool"]["setuptools"]

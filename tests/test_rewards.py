@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +13,9 @@ import pytest
 from winnow.rewards import alignment, reasoning
 from winnow.rewards.agent import ToolEnvironment, parse_call
 from winnow.rewards.baseline import play
-from winnow.rewards.contract import BatchReward, grade, success
-from winnow.rewards.math_process import MathProcess, available
+from winnow.rewards.contract import grade, success
 from winnow.rewards.registry import KNOWN_REWARDS, get_reward, make_environment
+from winnow.rewards.trl_functions import BatchReward
 from winnow.rollout.schema import Environment, Failure, Group, Request, Sampling, Score, Task
 
 GSM8K = (  # question-free gold answers in the data set's form, with what it has of commas, signs, decimals and money
@@ -128,48 +126,6 @@ def test_exact_and_choice():
 def test_a_missing_gold_answer_is_no_zero():
     (graded,) = grade(get_reward, [group_of(["18"], answer=None)])
     assert isinstance(graded.scores[0], Failure) and "no answer" in graded.scores[0].detail
-
-
-# ------------------------------------------------------------------------------------------------------------------------------ math
-
-
-@pytest.mark.skipif(not available(), reason="math-verify is not installed")
-def test_math_process_works_in_threads_and_is_killed_at_its_bound():
-    process = MathProcess(bound_s=30)
-    found = {}
-
-    def check(name, wanted, reply):
-        found[name] = process.equal(wanted, reply)[0]
-
-    before = signal.getsignal(signal.SIGALRM)
-    jobs = {
-        "half": ("$\\frac{1}{2}$", "so it is $0.5$"),
-        "root": ("$2\\sqrt{3}$", "\\boxed{\\sqrt{12}}"),
-        "wrong": ("$3$", "\\boxed{4}"),
-        "none": ("$3$", ""),
-        "listing": ("$2$", "\\boxed{1} \\boxed{2} \\boxed{3}"),
-    }
-    threads = [threading.Thread(target=check, args=(name, *job)) for name, job in jobs.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert found == {
-        "half": "equal",
-        "root": "equal",
-        "wrong": "different",
-        "none": "different",
-        "listing": "different",
-    }
-    assert process.equal("", "3")[0] == "error"
-    child = process.child
-    process.bound_s = 0.3
-    kind, detail = process.equal("$3$", "\\boxed{9^{9^9}}")
-    assert kind == "timeout" and "0.3 s" in detail and child is not None and child.poll() is not None
-    process.bound_s = 30
-    assert process.equal("$3$", "$3$")[0] == "equal", "a killed child must be replaced"
-    process.stop()
-    assert signal.getsignal(signal.SIGALRM) == before
 
 
 # ------------------------------------------------------------------------------------------------------------------------- alignment
