@@ -188,7 +188,10 @@ def bench_memory(
         stage(model, iter([pack([sequence])] * 2), options, lambda text: None)
         _settle(device)
         peak, total = memory.measured_peak(device) - before, sum(estimate[name].values())
-        result[name] = {"estimate_gib": total / GIB, "peak_gib": peak / GIB, "estimate_over_peak": total / peak,
+        ratio = (
+            total / peak if peak > 0 else None
+        )  # a CPU process that has held more before shows no peak of this one's
+        result[name] = {"estimate_gib": total / GIB, "peak_gib": peak / GIB, "estimate_over_peak": ratio,
                         "parts": estimate[name], "seconds": time.perf_counter() - begin}  # fmt: skip
     return result
 

@@ -61,7 +61,7 @@ class DomainResult:
     parts: Mapping[str, float] = field(default_factory=dict)  # mean of each part of the reward
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))  # lists for tuples: what is read back equals it
 
 
 def make_requests(
