@@ -115,6 +115,19 @@ def test_sparse_attention(lengths, heads, kv_heads, dim, k):
         assert bool((got[empty] == 0).all()) and bool(got_lse[empty].isinf().all())
 
 
+def test_no_tokens_and_empty_sequences():
+    for lengths in ((), (0,), (0, 0)):
+        q, k, v = (torch.zeros(0, heads, 16, device=DEV, dtype=DTYPE, requires_grad=True) for heads in (4, 2, 2))
+        for sets in (None, Selection(*(torch.zeros(*shape, dtype=torch.int32) for shape in ((0, 4), (0,))))):
+            out, lse = sparse_attention(q, k, v, device(bounds(lengths)), device(sets), 0.3)
+            out.sum().backward()
+            assert out.shape == (0, 4, 16) and lse.shape == (0, 4) and k.grad.shape == (0, 2, 16)
+    q, k, v = (randn(5, heads, 16, seed=s).to(DEV, DTYPE) for s, heads in enumerate((4, 2, 2)))
+    padded = sparse_attention(q, k, v, device(bounds((0, 3, 0, 2, 0))), None, 0.3)
+    plain = sparse_attention(q, k, v, device(bounds((3, 2))), None, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(padded, plain, strict=True))
+
+
 def test_hostile_indices_change_nothing():
     """Future positions, repeats and sentinels; the same rows without them."""
     length, k = 24, 4
