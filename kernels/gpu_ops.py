@@ -29,8 +29,8 @@ def takes_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     )
 
 
-def takes_index(q: Tensor | None, cache: Tensor | None) -> bool:
-    """Queries [T, H_I, D_I] and keys of one dtype with a head dimension that the tiles know."""
+def takes_index(q: Tensor | None, cache: Tensor | None, paged: bool = False) -> bool:
+    """Queries [T, H_I, D_I] and keys of one dtype with a head dimension that the tiles know; pages lie back to back."""
     return (
         q is not None
         and cache is not None
@@ -38,6 +38,7 @@ def takes_index(q: Tensor | None, cache: Tensor | None) -> bool:
         and q.dtype in FLOATS
         and cache.dtype == q.dtype
         and q.shape[-1] in (16, 32, 64, 128)
+        and (not paged or cache.is_contiguous())
     )
 
 
@@ -48,7 +49,7 @@ def sparse_decode(
     from winnow.kernels.gqa_decode import gqa_decode
 
     indices, counts = (None, None) if selection is None else (selection.indices, selection.counts)
-    narrow = q.dtype == torch.float32 and q.is_cuda
+    narrow = q.dtype == torch.float32 and q.is_cuda and q.shape[2] <= 128  # wider ones: `plan` knows what fits the chip
     return gqa_decode(
         q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale,
         block_n=32 if narrow else None, num_stages=2 if narrow else None,

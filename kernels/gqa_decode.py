@@ -178,7 +178,7 @@ def gqa_decode(
         (dim**-0.5 if scale is None else scale) * 1.4426950408889634, capacity,
         0 if indices is None else indices.stride(0), block_table.stride(0), *k_cache.stride()[1:3],
         HKV=kv_heads, GROUP=group, JOIN=join, D=dim, PAGE=page, SPLITS=splits, CHUNK=split, STEPS=triton.next_power_of_2(triton.cdiv(split, block_n)),
-        BLOCK_H=max(16, triton.next_power_of_2(group * join)), BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(dim * join),
+        BLOCK_H=max(16, triton.next_power_of_2(group * join)), BLOCK_N=block_n, BLOCK_D=max(16, triton.next_power_of_2(dim * join)),
         UNROLL=min(4, splits), IDENTITY=indices is None, SINK=sink is not None, UPCAST=q.device.type == "cpu",
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -102,7 +102,7 @@ def _query_blocks(bounds: tuple[int, ...], size: int, device: str) -> Blocks:
             first.append(start)
             rows.append(min(size, b - start))
             origin.append(a)
-    lengths = torch.tensor([b - a for a, b in pairwise(bounds)])
+    lengths = torch.tensor([b - a for a, b in pairwise(bounds)], dtype=torch.int64)
     row_origin = torch.tensor(bounds[:-1], dtype=torch.int32).repeat_interleave(lengths)
     with torch.inference_mode(False):
         on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first, rows, origin)]

@@ -19,9 +19,10 @@ from winnow.kernels.selection import Selection, exact_topk
 def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     """q [T, H_I, D_I], k [S, D_I], w [T, H_I] -> fp32 [T, S]: sum over heads, in head order, of w * relu(q . k). No mask.
 
-    Differentiable on a CPU only; `indexer_kl` has its own gradient.
+    Differentiable by torch, which keeps [T, S] for it; `indexer_kl` has a gradient that does not.
     """
-    if gpu_ops.takes_index(q, k):
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, w))
+    if not wanted and gpu_ops.takes_index(q, k):
         return gpu_ops.indexer_logits(q, k, w)
     return torch_indexer.logits(q, k, w)
 
@@ -58,7 +59,7 @@ def select_prefill(
     seq_lens: Tensor, top_k: int, selector: str = "indexer",
 ) -> Selection:  # fmt: skip
     """As `select_packed`, for packed queries at the end of paged contexts of seq_lens int32 [n] tokens (these included)."""
-    if selector == "indexer" and gpu_ops.takes_index(q, index_cache):
+    if selector == "indexer" and gpu_ops.takes_index(q, index_cache, paged=True):
         assert q is not None and index_cache is not None and w is not None
         return gpu_ops.select_prefill(q, index_cache, w, cu_seqlens, positions, block_table, seq_lens, top_k)
     return torch_indexer.paged_selection(
@@ -71,7 +72,7 @@ def select_paged(
     selector: str = "indexer",
 ) -> Selection:  # fmt: skip
     """Decode: q [B, H_I, D_I], w [B, H_I], one query per sequence at position seq_len - 1; index_cache [pages, page, D_I]."""
-    if selector == "indexer" and gpu_ops.takes_index(q, index_cache):
+    if selector == "indexer" and gpu_ops.takes_index(q, index_cache, paged=True):
         assert q is not None and index_cache is not None and w is not None
         return gpu_ops.select_paged(q, index_cache, w, block_table, seq_lens, top_k)
     return torch_indexer.decode_selection(q, index_cache, w, block_table, seq_lens, top_k, selector)
@@ -119,7 +120,8 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Absorbed MLA: q [B, H, rank + rope], one query per sequence at seq_len - 1; cache [pages, page, rank + rope], whose first `rank`
     numbers are key and value at once -> out [B, H, rank], lse [B, H]; only selected slots are read."""
-    if q.is_cuda and q.dtype == cache.dtype == torch.bfloat16 and (rank, q.shape[-1]) == (512, 576):
+    fits = q.dtype == cache.dtype == torch.bfloat16 and (rank, q.shape[-1]) == (512, 576) and cache.is_contiguous()
+    if q.is_cuda and fits:
         from winnow.kernels.mla_decode import mla_decode as kernel  # triton, where there is a GPU for it
 
         indices, counts = (None, None) if selection is None else (selection.indices, selection.counts)
@@ -159,10 +161,16 @@ def token_logprobs(
 
     hidden [T, C]; weight [V, C]; targets int64 [T]; temperature > 0, one number or fp32 [T]; kept: an object with `indptr` [T + 1]
     and `token_ids` (or `ids`): the action set of each token, an empty row meaning the whole vocabulary. Raises ValueError when a
-    target lies outside its set.
+    target lies outside its set or the vocabulary.
     """
     temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).expand(len(targets))
-    if len(targets) and not bool((temperatures > 0).all()):
+    inside = (targets >= 0) & (targets < len(weight))
+    if not bool((inside & (temperatures > 0)).all()):  # one wait for the device
+        if not bool(inside.all()):
+            wrong = int(targets[~inside][0])
+            raise ValueError(
+                f"token {wrong} is scored, but the vocabulary is 0 .. {len(weight) - 1}: another tokenizer's?"
+            )
         raise ValueError(
             f"temperature is {temperature}, but log-probabilities need one > 0 (greedy samples are scored at 1)"
         )

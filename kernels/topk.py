@@ -278,7 +278,7 @@ def plan(rows, width, k):
     fold = max(1024, 2 * triton.next_power_of_2(k))
     group = max(4, min(32, triton.next_power_of_2(width // fold + 1) // 2))
     if rows >= 64:
-        return triton.cdiv(width, BLOCK) * BLOCK, group
+        return max(1, triton.cdiv(width, BLOCK)) * BLOCK, group
     chunk = BLOCK
     while rows * triton.cdiv(width, chunk) > 132 and chunk < width:
         chunk *= 2

@@ -44,10 +44,13 @@ class Interpreter(Toolbox):
         run = sandbox.shared().run(
             program, limits=sandbox.Limits(wall_s=WALL_S, cpu_s=WALL_S, memory_bytes=MEMORY_BYTES)
         )
+        printed = run.stdout.encode("utf-8", "surrogateescape").decode(
+            "utf-8", "replace"
+        )  # a tokenizer takes no surrogates
         if run.outcome == "ok":
-            return run.stdout or "(nothing was printed)"
+            return printed or "(nothing was printed)"
         if run.outcome in ("exception", "exit", "signal"):
-            return f"{run.stdout}\n{run.stderr}".strip()[-self.max_chars :] or run.outcome
+            return f"{printed}\n{run.stderr}".strip()[-self.max_chars :] or run.outcome
         raise ToolError(f"the program was stopped: {run.outcome}; it has {WALL_S:g} s and {MEMORY_BYTES >> 20} MB")
 
     def score(self, task: Task) -> tuple[float, dict[str, float]]:

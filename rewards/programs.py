@@ -21,7 +21,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from winnow.rewards import sandbox
@@ -186,7 +186,7 @@ def same_word(wanted: str, found: str, tolerance: float) -> bool:
     try:
         first, second = Decimal(wanted), Decimal(found)
         return first == second or float(abs(first - second)) <= tolerance * max(1.0, float(abs(first)))
-    except (InvalidOperation, OverflowError):
+    except ArithmeticError:  # no number, or one beyond every exponent
         return False
 
 

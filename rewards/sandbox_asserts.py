@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from winnow.rewards.sandbox_program import DETAIL, described, rebuilt, receive, send
+from winnow.rewards.sandbox_program import DETAIL, checked, described, rebuilt, receive, send
 from winnow.rewards.sandbox_values import NotPlain, decode, encode
 
 
@@ -53,7 +53,7 @@ class Client:
             send(self.channel, request)
             while "call_back" in (reply := receive(self.channel)):
                 send(self.channel, self.called_back(reply))
-            error = rebuilt(reply) if "raised" in reply else None
+            error = rebuilt(checked(reply)) if "raised" in reply else None
         if error is not None:
             self.raised.append(error)
             raise error
@@ -86,7 +86,16 @@ def sane() -> Iterator[None]:
     """Whatever goes wrong while the program's answer is read is the program's fault."""
     try:
         yield
-    except (EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ProgramGone(f"{type(error).__name__}: {error}"[:DETAIL]) from None
 
 
@@ -166,9 +175,10 @@ def run_tests(job: dict[str, Any], channel: socket.socket) -> dict[str, Any]:
     client = Client(channel)
     report: dict[str, Any] = {"loaded": None, "results": [], "end": "complete", "detail": ""}
     try:
-        first = receive(channel)
-        if "raised" in first:
-            return report | {"loaded": first, "end": "gone"}
+        with sane():
+            first = receive(channel)
+            if "raised" in first:
+                return report | {"loaded": checked(first), "end": "gone"}
         proxies = {name: Proxy(client, {"global": name}) for name in job["names"]}
         foreign = foreign_names([job["setup"], *job["tests"]]) - set(proxies)
         modules = {name for name in foreign if name in sys.stdlib_module_names}

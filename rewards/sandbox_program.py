@@ -27,6 +27,7 @@ from winnow.rewards.sandbox_values import NotPlain, decode, encode
 HEADER = struct.Struct(">I")
 MAX_FRAME = 64 << 20  # bytes of one call or result
 DETAIL = 200  # characters of a message
+STOPS = (StopIteration, StopAsyncIteration)
 
 
 def send(channel: socket.socket, value: Any) -> None:
@@ -134,16 +135,28 @@ def described(error: BaseException) -> dict[str, Any]:
     return {"raised": [kind.__name__ for kind in type(error).__mro__], "message": message}
 
 
+def checked(reply: dict[str, Any]) -> dict[str, Any]:
+    """A reply that tells of an exception, as `described` would have it: the program may have written anything. Raises NotPlain."""
+    names, message = reply["raised"], reply["message"]
+    if not (isinstance(names, list) and names and all(isinstance(text, str) for text in (*names, message))):
+        raise NotPlain("an exception without a name")
+    plain = [text[:DETAIL].encode("utf-8", "replace").decode() for text in (message, *names[:DETAIL])]
+    return {"raised": plain[1:], "message": plain[0]}
+
+
 def rebuilt(reply: dict[str, Any]) -> Exception:
-    """The program's exception as the nearest built-in Exception, so that a test may expect it."""
+    """The program's exception as the nearest built-in Exception, so that a test may expect it.
+
+    Never a StopIteration: raised by a function under `map`, it would end the test's loop as if all had been well.
+    """
     for name in reply["raised"]:
-        kind = getattr(builtins, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
+        kind = getattr(builtins, name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, STOPS):
             try:
-                return kind(str(reply.get("message", "")))
+                return kind(reply["message"])
             except TypeError:  # UnicodeDecodeError and the like want more arguments
                 continue
-    return RuntimeError(f"{reply['raised'][:1]}: {reply.get('message', '')}")
+    return RuntimeError(f"{reply['raised'][0]}: {reply['message']}")
 
 
 # --------------------------------------------------------------------------------------------------------------- the program's side
@@ -165,9 +178,10 @@ class Server:
         return self.kept[number] if letter == "r" else lambda *arguments: self.call_back(number, arguments)
 
     def call_back(self, number: int, arguments: tuple[Any, ...]) -> Any:
-        """Calls a function of the tests', which wait for our result."""
+        """Calls a function of the tests', which wait for our result; on its way it may call us."""
         send(self.channel, {"call_back": number, "arguments": encode(arguments, self.keep)})
-        reply = receive(self.channel)
+        while "verb" in (reply := receive(self.channel)):
+            self.respond(reply)
         if "raised" in reply:
             raise rebuilt(reply)
         return decode(reply["value"], self.find)
@@ -181,13 +195,14 @@ class Server:
             return
         send(self.channel, {"value": None})
         while True:
-            request = receive(self.channel)
-            try:
-                reply = self.answer(request)
-                text = json.dumps(reply)  # before it is sent: half a frame could not be taken back
-            except BaseException as error:
-                text = json.dumps(described(error))
-            self.channel.sendall(HEADER.pack(len(text)) + text.encode())
+            self.respond(receive(self.channel))
+
+    def respond(self, request: dict[str, Any]) -> None:
+        try:
+            text = json.dumps(self.answer(request))  # before it is sent: half a frame could not be taken back
+        except BaseException as error:
+            text = json.dumps(described(error))
+        self.channel.sendall(HEADER.pack(len(text)) + text.encode())
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         target = self.target(request)
@@ -221,4 +236,6 @@ def serve_program(source: str, channel: socket.socket) -> int:
     forget_ourselves()
     with contextlib.suppress(EOFError, OSError):  # the tests are done
         server.serve(source)
+    with contextlib.suppress(BaseException):  # the program may have put anything there
+        sys.stdout.flush()
     return 0

@@ -22,12 +22,12 @@ pipe2:293:59 mremap:25:216 msync:26:227 mincore:27:232 madvise:28:233 dup:32:23 
 nanosleep:35:101 getitimer:36:102 setitimer:38:103 alarm:37:- getpid:39:172 getppid:110:173 gettid:186:178
 sched_yield:24:124 sendto:44:206 recvfrom:45:207 sendmsg:46:211 recvmsg:47:212 shutdown:48:210
 getsockname:51:204 getpeername:52:205 getsockopt:55:209 setsockopt:54:208 exit:60:93 exit_group:231:94
-wait4:61:260 waitid:247:95 uname:63:160 fcntl:72:25 flock:73:32 fsync:74:82 fdatasync:75:83 truncate:76:45
-ftruncate:77:46 getcwd:79:17 chdir:80:49 fchdir:81:50 rename:82:- renameat:264:38 renameat2:316:276 mkdir:83:-
-mkdirat:258:34 rmdir:84:- unlink:87:- unlinkat:263:35 link:86:- linkat:265:37 symlink:88:- symlinkat:266:36
-readlink:89:- readlinkat:267:78 chmod:90:- fchmod:91:52 fchmodat:268:53 umask:95:166 access:21:-
+wait4:61:260 waitid:247:95 uname:63:160 flock:73:32 fsync:74:82 fdatasync:75:83
+ftruncate:77:46 getcwd:79:17 chdir:80:49 fchdir:81:50 rename:82:- renameat:264:38 renameat2:316:276
+rmdir:84:- unlink:87:- unlinkat:263:35 link:86:- linkat:265:37 symlink:88:- symlinkat:266:36
+readlink:89:- readlinkat:267:78 access:21:-
 faccessat:269:48 faccessat2:439:439 stat:4:- lstat:6:- newfstatat:262:79 statx:332:291 statfs:137:43
-fstatfs:138:44 getdents64:217:61 open:2:- openat:257:56 creat:85:- utimensat:280:88 getrlimit:97:163
+fstatfs:138:44 getdents64:217:61 open:2:- openat:257:56 creat:85:- getrlimit:97:163
 getrusage:98:165 sysinfo:99:179 times:100:153 gettimeofday:96:169 clock_gettime:228:113 clock_getres:229:114
 clock_nanosleep:230:115 time:201:- getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
 getgroups:115:158 getresuid:118:148 getresgid:120:150 getpgid:121:155 getpgrp:111:- getsid:124:156
@@ -39,10 +39,26 @@ fallocate:285:47 close_range:436:436 membarrier:324:283 getcpu:309:168 fadvise64
 """
 GUARDED = """
 clone:56:220 socketpair:53:199 ioctl:16:29 prctl:157:167 kill:62:129 tgkill:234:131 prlimit64:302:261
-clone3:435:435 execve:59:221 fork:57:- vfork:58:- setsid:112:157 setpgid:109:154
+clone3:435:435 execve:59:221 fork:57:- vfork:58:- setsid:112:157 setpgid:109:154 fcntl:72:25 mkdir:83:- mkdirat:258:34
+truncate:76:45 chmod:90:- fchmod:91:52 fchmodat:268:53 umask:95:166 utimensat:280:88
 """
+UNSEEN = (
+    "truncate",
+    "chmod",
+    "fchmod",
+    "fchmodat",
+    "umask",
+    "utimensat",
+)  # what Landlock, or an early one, does not look at
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column of the table, AUDIT_ARCH_*
-LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF operations on 32-bit words
+LOAD, AND, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = (
+    0x20,
+    0x54,
+    0x15,
+    0x35,
+    0x45,
+    0x06,
+)  # BPF operations on 32-bit words
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 EPERM, ENOSYS = 1, 38
 NR, ARCH, ARGS = 0, 4, 16  # offsets in struct seccomp_data; arguments are 8 bytes each, little-endian on both machines
@@ -50,6 +66,11 @@ X32_BIT = 0x40000000
 CLONE_THREAD = 0x10000
 CLONE_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag
 AF_UNIX = 1
+PAIRS = tuple(
+    kind | flags for kind in (1, 5) for flags in (0, 0x800, 0x80000, 0x80800)
+)  # stream, seqpacket; NONBLOCK, CLOEXEC
+SIGNALLING = (8, 10, 15)  # fcntl's F_SETOWN, F_SETSIG, F_SETOWN_EX: the kernel would send a signal in our name
+OWNER_BITS = 0o700
 TERMINAL_QUERIES = (0x5401, 0x5421, 0x541B, 0x5450, 0x5451)  # TCGETS, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX
 NAMES = (15, 16)  # prctl's PR_SET_NAME, PR_GET_NAME
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
@@ -73,6 +94,24 @@ def one_of(argument: int, values: tuple[int, ...]) -> Rule:
     return [(LOAD, 0, 0, ARGS + 8 * argument), *tests, (RETURN, 0, 0, ERRNO | EPERM), (RETURN, 0, 0, ALLOW)]
 
 
+def none_of(argument: int, values: tuple[int, ...]) -> Rule:
+    """EPERM where the argument's low word is one of the values, allows the call elsewhere."""
+    tests = [(JUMP_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+    return [(LOAD, 0, 0, ARGS + 8 * argument), *tests, (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | EPERM)]
+
+
+def listable(argument: int) -> Rule:
+    """Allows to make a folder that its owner can list: others would hide files from whoever sums them up."""
+    mode = (LOAD, 0, 0, ARGS + 8 * argument)
+    return [
+        mode,
+        (AND, 0, 0, OWNER_BITS),
+        (JUMP_EQUAL, 1, 0, OWNER_BITS),
+        (RETURN, 0, 0, ERRNO | EPERM),
+        (RETURN, 0, 0, ALLOW),
+    ]
+
+
 def guarded(processes: bool, only_self: bool) -> dict[str, Rule]:
     """The rules of the calls whose arguments decide. Absent calls are refused."""
     flags = (LOAD, 0, 0, ARGS)
@@ -84,20 +123,26 @@ def guarded(processes: bool, only_self: bool) -> dict[str, Rule]:
         "clone3": [
             (RETURN, 0, 0, ERRNO | ENOSYS)
         ],  # its flags lie in memory, out of a filter's reach: glibc then uses clone
-        "socketpair": one_of(0, (AF_UNIX,)),
+        "socketpair": [*one_of(0, (AF_UNIX,))[:-1], *one_of(1, PAIRS)],  # a datagram socket could send to any address
+        "fcntl": none_of(1, SIGNALLING),
         "ioctl": one_of(1, TERMINAL_QUERIES),
         "prctl": one_of(0, NAMES),
         "kill": mine,
         "tgkill": mine,
         "prlimit64": one_of(0, (0, os.getpid())),
     }
+    if only_self:
+        rules |= {"mkdir": listable(1), "mkdirat": listable(2)}
+    else:
+        rules |= {name: [(RETURN, 0, 0, ALLOW)] for name in ("mkdir", "mkdirat", *UNSEEN)}
     if processes:
         rules |= {name: [(RETURN, 0, 0, ALLOW)] for name in ("execve", "fork", "vfork", "setsid", "setpgid")}
     return rules
 
 
 def make_filter(processes: bool, only_self: bool) -> list[tuple[int, int, int, int]]:
-    """The BPF program. `processes`: fork and exec are allowed; `only_self`: signals reach no other process (no PID namespace does it)."""
+    """The BPF program. `processes`: fork and exec are allowed; `only_self`: no namespaces stand between the program and other
+    processes and files, so signals, modes and times are refused here."""
     architecture = MACHINES[platform.machine()][1] if platform.machine() in MACHINES else 0
     program: Rule = [
         (LOAD, 0, 0, ARCH),

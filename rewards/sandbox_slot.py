@@ -281,13 +281,14 @@ def collect(traffic: Traffic, end: int) -> bool:
 
 
 def read_verdict(connection: socket.socket) -> dict[str, Any] | None:
-    """The tests' report, if they got as far as writing it."""
+    """The tests' report, if they got as far as writing all of it."""
     connection.settimeout(GRACE_S)
     data = bytearray()
     with contextlib.suppress(OSError):
         while chunk := connection.recv(1 << 16):
             data += chunk
-    return json.loads(data[HEADER.size :]) if len(data) >= HEADER.size else None
+    complete = len(data) >= HEADER.size and len(data) == HEADER.size + HEADER.unpack(data[: HEADER.size])[0]
+    return json.loads(data[HEADER.size :]) if complete else None
 
 
 def judge(

@@ -88,13 +88,17 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "--k", type=positive_list, default=[], metavar="K,K", help="the table's top_k, e.g. 256,512 (top_k alone)"
     )
-    for name, text in (
-        ("train", "one RL run: a specialist or the mixed stage"),
-        ("distill", "the pipeline as far as the student: specialists, their verified data, SFT"),
-        ("pipeline", "specialists, data, student, mixed GRPO, evaluation; restartable"),
+    for name, shipped, text in (
+        ("train", "coding, smollm2, train", "one RL run: a specialist or the mixed stage"),
+        (
+            "distill",
+            "demo, smollm2_pipeline",
+            "the pipeline as far as the student: specialists, their verified data, SFT",
+        ),
+        ("pipeline", "demo, smollm2_pipeline", "specialists, data, student, mixed GRPO, evaluation; restartable"),
     ):
         verb = verbs.add_parser(name, help=text)
-        verb.add_argument("config", help="a YAML file, or the name of a shipped one (demo, smollm2, train)")
+        verb.add_argument("config", help=f"a YAML file, or the name of a shipped one ({shipped})")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
         verb.add_argument(
             "--dry-run", action="store_true", help="print the resolved config, placement and memory; start nothing"

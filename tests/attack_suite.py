@@ -14,14 +14,21 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from winnow.rewards.sandbox import Limits, Sandbox
 
 ANSWER = "7919-answer-of-the-grader"
-TESTS = ["assert f(3) == 7919", "import math\nassert math.isclose(f(3), 7919)", "assert f([1, 2]) == [2, 4, 7919]"]
-LIMITS = Limits(wall_s=6.0, cpu_s=1.0, memory_bytes=256 << 20, output_bytes=1 << 16, scratch_bytes=4 << 20)
+TESTS = [
+    "assert f(3) == 7919",
+    "import math\nassert math.isclose(f(3), 7919)",
+    "assert f([1, 2]) == [2, 4, 7919]",
+    "assert all(map(lambda x: f(x) == 7919, [3]))",
+]
+SHORT_S = 2.0  # by the clock, where a timeout is an allowed end
+LIMITS = Limits(wall_s=10.0, cpu_s=1.0, memory_bytes=256 << 20, output_bytes=1 << 16, scratch_bytes=4 << 20)
 
 
 def read_attacks(path: Path) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
@@ -89,8 +96,12 @@ def run_suite(mechanism: str, slots: int = 2) -> dict[str, Any]:
             name, kind, allowed, program = case
             for key, value in names.items():
                 program = program.replace(key, value)
-            run = box.run(program, "7\n") if kind == "run" else box.test(program, TESTS, names=["f"])
-            credit = run.stdout.strip() == ANSWER if kind == "run" else run.results.count("pass") == len(TESTS)
+            limits = replace(LIMITS, wall_s=SHORT_S) if "timeout" in allowed else LIMITS
+            if kind == "run":
+                run = box.run(program, "7\n", limits=limits)
+            else:
+                run = box.test(program, TESTS, names=["f"], limits=limits)
+            credit = run.stdout.strip() == ANSWER if kind == "run" else "pass" in run.results
             outcome = run.outcome
             if outcome == "ok":
                 raised = kind == "test" and any(result.startswith("raised") for result in run.results)

@@ -64,6 +64,11 @@ def kernels(sm):
         )
         yield f"mla_decode fp8={fp8}", mla_decode._mla_decode, dict(q="*bf16") | caches | mla_types, mla | {
             "TOKEN": 656 if fp8 else 576, "FP8": fp8, "SOFT": not f8}, warps, stages  # fmt: skip
+    block_h, block_n, warps, stages = mla_decode.plan_for(sm, 1)  # a small batch, or few heads
+    if (block_h, block_n) != (mla["BLOCK_H"], mla["BLOCK_N"]):
+        few = mla | {"H": 16, "BLOCK_H": block_h, "BLOCK_N": block_n, "CHUNK": 2048, "STEPS": 2048 // block_n}
+        yield "mla_decode small", mla_decode._mla_decode, mla_types | dict.fromkeys(("q", "cache", "scales", "rope_cache"), "*bf16"), few | {
+            "TOKEN": 576, "FP8": False, "SOFT": False}, warps, stages  # fmt: skip
     yield "mla_merge", mla_decode._mla_merge, dict(part_out="*fp32", part_lse="*fp32", sink="*fp32", out="*bf16", lse="*fp32"), {
         "H": 128, "SPLITS": 4, "UNROLL": 4, "SINK": True}, 4, 2  # fmt: skip
     for fp8 in (False, True) if sm == 90 else ():
@@ -94,11 +99,11 @@ def kernels(sm):
         yield f"indexer decode fp8={fp8}", indexer_logits._decode, dict(
             q=value, cache=value, scales="*fp32" if fp8 else value, w="*fp32", table=i32, seq_lens=i32, out="*fp32", maxima=i32,
             skip="i32", table_stride="i32", page_stride="i32", out_stride="i32", maxima_stride="i32",
-        ), head | {"CHUNKS": 64, "CHUNK": 512, "MAXIMA": True}, 4, 3 if SHARED[sm] > 100 * 1024 or fp8 else 2  # fmt: skip
+        ), head | {"CHUNKS": 64, "CHUNK": 512, "MAXIMA": True}, 4, 3  # fmt: skip
         yield f"indexer prefill fp8={fp8}", indexer_logits._prefill, dict(
             q=value, cache=value, scales="*fp32" if fp8 else value, w="*fp32", table=i32, ends=i32, out="*fp32", tokens="i32", keys="i32",
             page_stride="i32", out_stride="i32",
-        ), head | {"QUERIES": 64, "ENDS": True}, 4, 3 if SHARED[sm] > 100 * 1024 or fp8 else 2  # fmt: skip
+        ), head | {"QUERIES": 128, "BLOCK_N": 256 if sm >= 90 else 64, "ENDS": True}, 4, 3  # fmt: skip
     yield "write_index_keys", quant._write_index_keys, dict(k="*bf16", slots="*i64", cache="*u8", scales="*fp32", tokens="i32", page_stride="i32"), {
         "D": 128, "PAGE": 64, "BLOCK": 16}, 4, 2  # fmt: skip
     yield (

@@ -305,6 +305,9 @@ def test_token_logprobs_refuses():
     hidden, weight, targets = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([1, 2])
     with pytest.raises(ValueError, match="temperature"):
         ops.token_logprobs(hidden, weight, targets, 0.0)
+    for wrong in (-1, 9):
+        with pytest.raises(ValueError, match=f"token {wrong} is scored, but the vocabulary is 0 .. 8"):
+            ops.token_logprobs(hidden, weight, torch.tensor([1, wrong]), 1.0)
     with pytest.raises(ValueError, match="not in that row's kept set"):
         ops.token_logprobs(
             hidden, weight, targets, 1.0, SimpleNamespace(indptr=np.array([0, 1, 2]), token_ids=np.array([1, 7]))

@@ -28,7 +28,7 @@ def list_kernels(sm):
         bitmap=I32, union=I32, first=I32, rows=I32, origin=I32, offsets=I32, keys=I32, bits=I32, begin="i32", first_row="i32", words="i32"
     ), {"SIZE": 32, "BLOCK_W": 32, "UNIT": 64}, 4, 2  # fmt: skip
     yield "sum_rows", segments._sum_rows, dict(parts=BF16, order="*i64", bounds=I32, out=FP32), {
-        "WIDTH": 2048, "BLOCK_C": 512, "ROWS": 8, "ADD": True}, 4, 2  # fmt: skip
+        "WIDTH": 2048, "BLOCK_C": 512, "ROWS": 4, "ADD": True}, 2, 1  # fmt: skip
 
 
 def attention_kernels(sm):

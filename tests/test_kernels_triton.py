@@ -95,6 +95,7 @@ GQA_CASES = [  # heads, kv heads, dim, page, lengths, k, split
     (6, 2, 32, 61, [70, 0, 23], 24, 16),
     (5, 1, 80, 64, [65, 24, 25], 24, 32),
     (4, 4, 128, 69, [23, 70], 16, 16),
+    (2, 1, 8, 64, [9], 4, 16),  # narrower than a tile of a product may be
 ]
 
 
@@ -226,6 +227,11 @@ def test_topk(width, k):
         assert torch.equal(topk(poisoned, ints(lengths), k)[0], got[0])
     for r in range(len(kinds)) if GPU else [1]:
         assert torch.equal(topk(poisoned[r : r + 1], ints(lengths[r : r + 1]), k)[0], got[0][r : r + 1])
+
+
+def test_topk_of_nothing():
+    got, counts = topk(torch.zeros(64, 0, device=DEV), torch.zeros(64, dtype=torch.int32, device=DEV), 3)
+    assert bool((got == -1).all()) and bool((counts == 0).all())
 
 
 def test_topk_refuses_nan():

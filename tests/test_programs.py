@@ -154,6 +154,8 @@ def test_asserts(box: sandbox.Sandbox) -> None:
         ("1", "1" * 100_000, 1.0, False),
         ("", "", 0, True),
         ("1", "", 0, False),
+        ("5", "1e9999999999999", 0, False),
+        ("5", "-9e99999999", 1e-6, False),
     ],
 )
 def test_outputs_are_compared_by_lines_and_values(expected: str, got: str, tolerance: float, same: bool) -> None:

@@ -135,6 +135,7 @@ def total(n): return 0 if n is None else n.v + total(n.left)
         "assert list(evens(5)) == [0, 2, 4] and sum(evens(7)) == 12",
         "assert count('aab') == {'a': 2, 'b': 1}",
         "assert apply(lambda a, b: a * 10 + b, 3, 4) == 34 and apply(max, 3, 4) == 4",
+        "assert apply(lambda v: apply(echo, v) * 10, 3) == 30",
         "n = Node(1)\nn.left = Node(2)\nn.left.left = Node(4)\nassert total(n) == 7 and n.left.v == 2",
         "assert math.isclose(echo(0.1) * 3, 0.3)",
         "assert echo(3) == 4",
@@ -143,7 +144,7 @@ def total(n): return 0 if n is None else n.v + total(n.left)
         "assert 1 / 0",
     ]
     run = box.test(source, tests)
-    expected = ["pass"] * 10 + ["wrong", "wrong", "raised:NameError", "error:ZeroDivisionError"]
+    expected = ["pass"] * 11 + ["wrong", "wrong", "raised:NameError", "error:ZeroDivisionError"]
     assert run.outcome == "ok" and list(run.results) == expected
 
 
@@ -206,7 +207,7 @@ def test_forged_values_become_what_they_hold() -> None:
 
 
 def check_suite(report: dict[str, Any]) -> None:
-    assert len(report["attacks"]) >= 80
+    assert len(report["attacks"]) >= 100
     for attack in report["attacks"]:
         assert not attack["escaped"] and not attack["credit"], attack
         assert attack["outcome"] in attack["allowed"], attack
