@@ -230,7 +230,7 @@ def test_calls_run_side_by_side_and_can_be_dropped(pool):
     quick = pool.generate([request_of("q", "fine")])
     assert next(slow).request.request_id.startswith("s")
     slow.close()
-    assert names(quick) == ["q"] and not pool._ids
+    assert names(quick) == ["q"] and not pool._ledger.names
     assert names(pool.generate([request_of("s1")])) == ["s1"]
 
 
