@@ -342,7 +342,7 @@ def test_ray_and_local_agree_and_survive_a_kill(ray_cluster, folder):
         for tensor in other.parameters():
             tensor.mul_(1.1)
     update = pack(other.state_dict(), 3)
-    with Pool(spec_of(folder), [OPTIONS] * 2, timeout_s=60, limits=PoolLimits(start_timeout_s=90)) as pool:
+    with Pool(spec_of(folder), [OPTIONS] * 2, timeout_s=120, limits=PoolLimits(start_timeout_s=240)) as pool:
         got = {}
         for group in pool.generate(requests):
             assert group.request.request_id not in got
