@@ -188,10 +188,11 @@ def make_row(group: Group, trajectory: Trajectory, score: Score, provenance: Pro
 
 def index_stats(record: IndexRecord | None) -> dict[str, float]:
     """How sparse the rollout was: mean numbers of selected and of available positions over the recorded rows of all layers."""
-    if record is None or not record.indices.size:
+    if record is None or not record.num_rows:
         return {}
-    selected = (record.indices != np.iinfo(record.indices.dtype).max).sum(-1)  # [layers, rows]
-    available = record.first + 1 + np.arange(record.indices.shape[1])  # the query at position t sees t + 1
+    sets = record.indices
+    selected = (sets != np.iinfo(sets.dtype).max).sum(-1)  # [layers, rows]
+    available = record.first + 1 + np.arange(record.num_rows)  # the query at position t sees t + 1
     return {
         "rows": float(selected.size),
         "mean_selected": round(float(selected.mean()), 3),

@@ -157,7 +157,7 @@ def trajectory_sequence(trajectory: Trajectory, *, kept_sets: bool = True) -> Pa
     trained = np.flatnonzero(trajectory.loss_mask)
     record = trajectory.index_record
     if record is not None:
-        record = replace(record, indices=record.indices[:, : max(0, len(sequence.tokens) - record.first)])
+        record = record.cut(max(0, len(sequence.tokens) - record.first))
     return replace(
         sequence,
         rollout_logprobs=trajectory.rollout_logprobs[trained].astype(np.float32),

@@ -166,7 +166,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument("what", choices=("kernels", "rollout", "step", "rewards", "cost", "warmup", "memory"))
     bench.add_argument(
         "--model",
-        help="a model folder (rollout, step) or a shape (cost, memory): qwen3-1.7b, v3.2 ...; without it a small random one",
+        help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
     )
     bench.add_argument("--threads", type=positive, default=1)
     bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
@@ -179,7 +179,10 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument("--out", help="a file for the same JSON")
     bench.add_argument("--device", default="cpu", help="cost, warmup, memory: where to measure (cpu)")
     bench.add_argument("--layers", type=positive, help="cost, memory: cut the shape to so many layers")
-    bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory: contexts in tokens")
+    bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory, rollout: contexts in tokens")
+    bench.add_argument(
+        "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
+    )
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")

@@ -21,7 +21,8 @@ def attention_stats(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         if record is None or queries < 1:
             continue
         seen = np.arange(1, queries + 1)  # the query at position t sees t + 1
-        chosen = (record.indices != np.iinfo(record.indices.dtype).max).sum() / max(1, len(record.layers))
+        sets = record.indices
+        chosen = (sets != np.iinfo(sets.dtype).max).sum() / max(1, len(record.layers))
         rows += queries
         available += float(seen.sum())
         selected += float(seen[: record.first].sum() + chosen)  # before `first` every query takes all it sees
@@ -37,16 +38,17 @@ def index_excerpt(trajectory: Trajectory, tokenizer: Any = None, num_queries: in
     {"length", "k", "tokens": texts of all positions, or [], "queries": [{"position", "layers": {layer: [positions]}}]}
     """
     record = trajectory.index_record
-    if record is None or not record.indices.shape[1]:
+    if record is None or not record.num_rows:
         return None
     drawn = np.flatnonzero(trajectory.loss_mask) - 1  # the query before a token drew it
     queries = [int(t) for t in drawn if t >= record.first][:num_queries]
     if not queries:
         return None
-    padding = np.iinfo(record.indices.dtype).max
+    sets = record.indices
+    padding = np.iinfo(sets.dtype).max
     chosen = []
     for position in queries:
-        rows = record.indices[:, position - record.first]  # [layers, k]
+        rows = sets[:, position - record.first]  # [layers, k]
         layers = {
             str(layer): [int(s) for s in row if s != padding] for layer, row in zip(record.layers, rows, strict=True)
         }

@@ -202,6 +202,14 @@ def bench(arguments: argparse.Namespace) -> None:
     timed = not arguments.check
     if arguments.what in ("cost", "warmup", "memory"):
         figures = measure_models(arguments.what, arguments)
+    elif arguments.what == "rollout" and arguments.lengths:
+        import torch
+
+        from winnow.rl.bench_rollout import measure_rollout
+
+        torch.set_num_threads(arguments.threads)
+        a = arguments
+        figures = measure_rollout(a.model or "small", a.lengths, a.batch, a.seconds, a.device, a.layers)
     else:
         figures = measure(
             arguments.what, arguments.model, arguments.threads, arguments.seconds, arguments.only or (), timed

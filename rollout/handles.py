@@ -1,14 +1,13 @@
-"""What the pool keeps about its workers, its requests and the calls they belong to."""
+"""What the pool keeps about one worker, the limits it holds workers to, and what it reads out of one that died."""
 
 from __future__ import annotations
 
 import os
-import queue
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from winnow.rollout.schema import Group, Request
+from winnow.rollout.ledger import Job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,24 +17,9 @@ class PoolLimits:
     request_timeout_s: float = 600.0  # since a worker got the request or last delivered anything
     start_timeout_s: float = 300.0  # process, imports and model
     load_timeout_s: float = 120.0  # one weight update
+    ping_timeout_s: float = 45.0  # a process that is up answers a ping, whatever its engine does
     max_attempts: int = 3  # times a request may fail or be lost before its error is raised
     max_restarts: int = 3  # starts in a row of one worker that may fail
-
-
-@dataclass(eq=False, slots=True)
-class Call:
-    """One `generate`: results arrive in `outbox`, an exception ends it."""
-
-    outbox: queue.SimpleQueue[Group | Exception] = field(default_factory=queue.SimpleQueue)
-    open: set[str] = field(default_factory=set)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    request: Request
-    call: Call
-    attempts: int = 0
-    sent: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +33,8 @@ class Worker:
     version: int = -1
     jobs: dict[Any, Job] = field(default_factory=dict)  # by result reference
     progress: float = 0.0  # when it last delivered
+    ping: Any = None  # a heartbeat that was asked for, and when the last one was asked for or answered
+    pinged: float = 0.0
     failures: int = 0  # failed starts in a row
     where: str = "not up yet"
     log: str | None = None  # the file of its error output, readable only on its own host
@@ -56,6 +42,14 @@ class Worker:
     @property
     def load(self) -> int:
         return sum(job.request.num_samples for job in self.jobs.values())
+
+    @property
+    def task(self) -> str:
+        """What it is busy with, in words."""
+        if not self.jobs:
+            return self.state if self.state != "ready" else "idle"
+        names = sorted(job.request.request_id for job in self.jobs.values())
+        return f"generating {names[0]!r} ({len(names)} requests)"
 
     def __str__(self) -> str:
         return f"rollout worker {self.number} ({self.where})"

@@ -96,10 +96,8 @@ def decode(
                 f"index records: sequence {which} has k {record.k} from position {record.first}, layers {record.layers}; "
                 f"the first of this batch has k {k}, layers {layers}: they come from different models"
             )
-        elif record.indices.shape[1] != rows:
-            raise ValueError(
-                f"index records: sequence {which} has {record.indices.shape[1]} rows, {length} tokens need {rows}"
-            )
+        elif record.num_rows != rows:
+            raise ValueError(f"index records: sequence {which} has {record.num_rows} rows, {length} tokens need {rows}")
         elif rows:
             wide = _checked(record, which)
             indices[:, start + k : start + k + rows] = wide

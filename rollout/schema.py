@@ -11,10 +11,13 @@ batch's updates), `logprobs` (the learner now), `ref_logprobs`, `teacher_logprob
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from winnow.rollout.index_codec import pack_sets, unpack_sets
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
 FINISH_REASONS = (
@@ -107,30 +110,37 @@ class KeptSets:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class IndexRecord:
-    """The index sets that the rollout attended to: what `indexer.selection: replay` feeds to the learner.
+    """The index sets that the rollout attended to: what `indexer.selection: replay` feeds to the learner. Packed from the start.
 
     indices: uint16 or int32 [layers, rows, k]: logical positions, ascending; the tail of a short row is padded with the dtype's
     maximum. Row i belongs to the query at position `first + i`; every query before `first` sees at most k positions, so its set is
     the identity and is not stored. `layers[i]` names the model layer of slab i. The last token of a trajectory was never a query and
-    has no row.
+    has no row. Reading `indices` unpacks them anew: keep the array while you work on it, and the record while it waits or travels.
     """
 
-    first: int
-    k: int
-    layers: tuple[int, ...]
-    indices: np.ndarray
+    __slots__ = ("_packed", "first", "k", "layers", "num_rows")
 
-    def __post_init__(self) -> None:
-        if self.indices.ndim != 3 or self.indices.shape[0] != len(self.layers) or self.indices.shape[2] != self.k:
-            raise ValueError(
-                f"index record: indices are {self.indices.shape}, want [{len(self.layers)} layers, rows, k={self.k}]"
-            )
+    def __init__(self, *, first: int, k: int, layers: tuple[int, ...], indices: np.ndarray) -> None:
+        if indices.ndim != 3 or indices.shape[0] != len(layers) or indices.shape[2] != k:
+            raise ValueError(f"index record: indices are {indices.shape}, want [{len(layers)} layers, rows, k={k}]")
+        self.first, self.k, self.layers, self.num_rows = first, k, layers, indices.shape[1]
+        self._packed = pack_sets(indices, first)
+
+    @property
+    def indices(self) -> np.ndarray:
+        return unpack_sets(self._packed, self.num_rows)
+
+    def cut(self, num_rows: int) -> IndexRecord:
+        """The record of the first `num_rows` queries; the bytes are shared, not cut."""
+        other = copy(self)
+        other.num_rows = min(self.num_rows, num_rows)
+        return other
 
     @property
     def nbytes(self) -> int:
-        return self.indices.nbytes
+        """Bytes it travels with."""
+        return self._packed.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,9 +181,9 @@ class Trajectory:
                 f"trajectory {self.key}: kept sets cover {len(self.kept_sets.indptr) - 1} of {len(self.tokens)} tokens"
             )
         record = self.index_record
-        if record is not None and record.indices.shape[1] != max(0, len(self.tokens) - 1 - record.first):
+        if record is not None and record.num_rows != max(0, len(self.tokens) - 1 - record.first):
             raise ValueError(
-                f"trajectory {self.key}: the index record has {record.indices.shape[1]} rows from position {record.first}, "
+                f"trajectory {self.key}: the index record has {record.num_rows} rows from position {record.first}, "
                 f"want {max(0, len(self.tokens) - 1 - record.first)} for {len(self.tokens)} tokens"
             )
 

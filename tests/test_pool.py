@@ -107,6 +107,11 @@ def fake_worker_class():
                 elif word == "freeze" and not os.path.exists(rest):
                     open(rest, "w").close()
                     os.kill(os.getpid(), signal.SIGSTOP)
+                elif word == "full" and not os.path.exists(rest):
+                    import ray
+
+                    open(rest, "w").close()
+                    raise ray.exceptions.ObjectStoreFullError("no room for the result")
                 elif word == "always-dies":
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif word == "wrong":
@@ -199,14 +204,7 @@ def test_a_hung_worker_is_named_and_replaced(pool, tmp_path, caplog):
     [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert "did not answer while generating 'f'" in line and "for 3 s" in line
     pid = int(line.split("pid ")[1].split()[0])
-    deadline = time.monotonic() + 20
-    while (
-        time.monotonic() < deadline
-        and (stat := Path(f"/proc/{pid}/stat")).exists()
-        and stat.read_text().split(") ")[1][0] != "Z"
-    ):
-        time.sleep(0.1)
-    assert time.monotonic() < deadline, "the stopped process is still there"
+    assert gone(pid), "the stopped process is still there"
     pool._wait_ready()
 
 
@@ -230,7 +228,7 @@ def test_calls_run_side_by_side_and_can_be_dropped(pool):
     quick = pool.generate([request_of("q", "fine")])
     assert next(slow).request.request_id.startswith("s")
     slow.close()
-    assert names(quick) == ["q"] and not pool._ids
+    assert names(quick) == ["q"] and not pool._ledger.names
     assert names(pool.generate([request_of("s1")])) == ["s1"]
 
 
@@ -269,6 +267,72 @@ def test_a_pool_that_cannot_start_says_why(ray_cluster):
         fake_pool(0)
 
 
+def test_a_pool_of_one_goes_on_after_a_kill_a_freeze_and_a_full_store(ray_cluster, tmp_path, caplog):
+    limits = PoolLimits(request_timeout_s=60.0, start_timeout_s=60.0, ping_timeout_s=3.0)
+    texts = ["fine", f"suicide:{tmp_path}/a", f"freeze:{tmp_path}/b", f"full:{tmp_path}/c", "slow:0.1"]
+    with caplog.at_level(logging.WARNING, "winnow.rollout"), fake_pool(1, limits) as pool:
+        requests = [request_of(f"r{i}", text) for i, text in enumerate(texts)]
+        assert names(pool.generate(requests)) == [r.request_id for r in requests]
+        assert not pool._ledger.names and not pool._ledger.line and not pool._ledger._calls
+    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 2 and "died while generating" in errors[0]
+    assert (
+        "did not answer a ping while generating" in errors[1]
+    )  # named by its heartbeat, long before the request's own limit
+    assert "no room for the result" in caplog.text
+    assert all(gone(int(line.split("pid ")[1].split()[0])) for line in errors)
+
+
+def gone(pid, within_s=20.0):
+    """Whether the process has ended by then; a zombie has."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_weights_that_do_not_fit_the_store_are_named_and_the_old_ones_stay(pool, monkeypatch):
+    import ray
+
+    before = pool.stats()
+
+    def full(value):
+        raise ray.exceptions.ObjectStoreFullError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "put", full)
+        with pytest.raises(RuntimeError, match=r"weights of version 9 \(.* GB\) do not fit into Ray's object store"):
+            pool.push_weights(pack({"x": torch.zeros(3)}, 9))
+    assert pool.stats() == before and names(pool.generate([request_of("after")])) == ["after"]
+
+
+@pytest.mark.slow
+def test_a_soak_of_2000_prompts_with_random_kills_loses_none(ray_cluster):
+    rng = np.random.default_rng(0)
+    limits = PoolLimits(request_timeout_s=30.0, start_timeout_s=120.0, max_attempts=20, max_restarts=10)
+    pids = set()
+    with fake_pool(4, limits) as pool:
+        requests = [request_of(f"r{i}", f"slow:{0.02 * (i % 5)}", samples=1) for i in range(2000)]
+        got = []
+        for group in pool.generate(requests):
+            got.append(group.request.request_id)
+            alive = [int(text.split("pid ")[1].split()[0]) for text in pool.describe().values() if "pid " in text]
+            pids |= set(alive)
+            if len(got) % 100 == 0 and alive:
+                os.kill(int(rng.choice(alive)), rng.choice([signal.SIGKILL, signal.SIGTERM]))
+            if len(got) % 500 == 0:
+                assert set(push(pool, len(got)).values()) == {len(got)}
+        assert sorted(got) == sorted(r.request_id for r in requests) and len(set(got)) == 2000
+        pool._wait_ready()
+        assert {stats["version"] for stats in pool.stats().values()} == {2000}
+    assert len(pids) >= 20 and all(gone(pid) for pid in pids)
+
+
 def test_ray_and_local_agree_and_survive_a_kill(ray_cluster, folder):
     requests = [request_of(f"r{i}", "abc " * (3 + i), samples=3) for i in range(6)]
     local = LocalPool(spec_of(folder))
@@ -278,7 +342,7 @@ def test_ray_and_local_agree_and_survive_a_kill(ray_cluster, folder):
         for tensor in other.parameters():
             tensor.mul_(1.1)
     update = pack(other.state_dict(), 3)
-    with Pool(spec_of(folder), [OPTIONS] * 2, timeout_s=60, limits=PoolLimits(start_timeout_s=90)) as pool:
+    with Pool(spec_of(folder), [OPTIONS] * 2, timeout_s=120, limits=PoolLimits(start_timeout_s=240)) as pool:
         got = {}
         for group in pool.generate(requests):
             assert group.request.request_id not in got
@@ -294,6 +358,11 @@ def test_ray_and_local_agree_and_survive_a_kill(ray_cluster, folder):
         sample = got["r0"].trajectories[0]
         scored = pool.score([sample.tokens.tolist()])[0]
         np.testing.assert_allclose(scored[sample.loss_mask], sample.rollout_logprobs[sample.loss_mask], atol=1e-4)
+        wide = {**dict(other.state_dict()), "model.norm.weight": torch.ones(33)}
+        with pytest.raises(
+            WeightError, match=r"refused the update: .*'model\.norm\.weight' has shape \(33,\), the model"
+        ):
+            pool.push_weights(pack(wide, 4))
         update.buckets[0][3] ^= 1
         with pytest.raises(
             WeightError, match=r"refused the update: .*'model\.embed_tokens\.weight' arrived with checksum"

@@ -54,7 +54,7 @@ def test_trajectory():
     with pytest.raises(ValueError, match="kept sets cover 3 of 5"):
         trajectory(kept_sets=KeptSets(indptr=np.zeros(4, np.int64), token_ids=np.zeros(0, np.int32)))
     record = IndexRecord(first=2, k=2, layers=(0,), indices=np.zeros((1, 2, 2), np.uint16))
-    assert trajectory(index_record=record).index_record.nbytes == 8
+    assert trajectory(index_record=record).index_record.num_rows == 2
     with pytest.raises(ValueError, match="2 rows from position 2, want 3 for 6 tokens"):
         trajectory(6, index_record=record)
     with pytest.raises(ValueError, match="want"):

@@ -1,0 +1,220 @@
+"""The pool's workers: started, given work and weights, watched, replaced.
+
+    starting -> loading (current weights) -> ready -> (dead, hung or late) -> starting ... | failed
+    ledger's line -> dispatch -> [ready worker with the least to do] -> collect -> ledger
+
+A worker that dies, stops answering pings or works past its limit is named in the log with its cause, its requests go back to the ledger
+and another process takes its place. Nothing here waits: the pool's thread calls `collect` for what Ray has finished, then `check`.
+Not locked: the pool calls it under its own lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from winnow.rollout.handles import PoolLimits, Worker, cause_of, last_lines, options_of
+from winnow.rollout.ledger import Call, Job, Ledger
+from winnow.rollout.worker import WorkerSpec, code_version
+
+log = logging.getLogger("winnow.rollout")
+_PING_EVERY_S = 5.0
+
+
+class Crew:
+    """One actor of `worker_class` for each entry of `options`."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        options: Sequence[Mapping[str, Any]],
+        limits: PoolLimits,
+        worker_class: type,
+        ledger: Ledger,
+    ) -> None:
+        self.spec, self.limits, self.ledger = spec, limits, ledger
+        self.error: Exception | None = None  # why the crew as a whole cannot go on
+        self.weights: tuple[Any, int] | None = None  # (reference, version) that every worker must have
+        self.refusals: dict[int, Exception] = {}  # version -> a worker's refusal of that update
+        self._options = [options_of(each, spec.threads) for each in options]
+        self._class, self._up = worker_class, False
+        self.workers = [Worker(number) for number in range(len(options))]
+        for worker in self.workers:
+            self._start(worker)
+
+    @property
+    def ready(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state == "ready"]
+
+    def references(self) -> list[Any]:
+        """Everything that a worker still owes an answer to."""
+        awaited = [ref for worker in self.workers for ref in (worker.awaited, worker.ping) if ref is not None]
+        return awaited + [ref for worker in self.workers for ref in worker.jobs]
+
+    def dispatch(self) -> None:
+        """Sends requests, oldest first, each to the ready worker with the fewest samples under way, up to 1.5 batches."""
+        room = self.spec.engine.max_batch * 3 // 2
+        while self.ledger.line:
+            need = self.ledger.line[0].request.num_samples
+            free = [w for w in self.ready if not w.jobs or w.load + need <= room]
+            if not free:
+                return
+            worker = min(free, key=lambda w: (w.load, w.number))
+            job = self.ledger.line.popleft()
+            job.sent = time.monotonic()
+            worker.jobs[worker.actor.generate.remote([job.request])] = job
+
+    def load(self, weights: tuple[Any, int]) -> tuple[Any, int] | None:
+        """From now on every worker must have these; the ready ones get them now. Returns what they replace."""
+        before, self.weights = self.weights, weights
+        self.refusals.pop(weights[1], None)
+        for worker in self.ready:
+            self._load(worker)
+        return before
+
+    def collect(self, ref: Any) -> None:
+        """Takes in one finished reference."""
+        import ray
+
+        worker = next((w for w in self.workers if ref in (w.awaited, w.ping) or ref in w.jobs), None)
+        if worker is None:
+            return  # of a worker replaced since
+        job = worker.jobs.get(ref)
+        try:
+            value = ray.get(ref, timeout=self.limits.load_timeout_s)
+        except ray.exceptions.RayActorError as error:
+            stage = "generating" if worker.jobs and worker.state == "ready" else worker.state
+            why = f"died while {stage}: {cause_of(error)}{last_lines(worker.log)}"
+            self._replace(worker, why, killed=not error.actor_init_failed)
+            return
+        except Exception as error:
+            cause = getattr(error, "cause", None) or error
+            if job is None:
+                self._answer_failed(worker, cause)
+            else:
+                del worker.jobs[ref]
+                self._lost(job, cause, f"failed on {worker}")
+            return
+        if job is not None:
+            worker.progress = time.monotonic()
+            del worker.jobs[ref]
+            self.ledger.deliver(job, value[0])
+        elif ref == worker.ping:
+            worker.ping, worker.pinged = None, time.monotonic()
+        else:
+            worker.progress = time.monotonic()
+            self._advance(worker, value)
+
+    def check(self) -> None:
+        """Asks who is still there, and replaces whoever is past a limit."""
+        now = time.monotonic()
+        limits = self.limits
+        waits = {"starting": limits.start_timeout_s, "loading": limits.load_timeout_s}
+        for worker in self.workers:
+            since = now - worker.since
+            oldest = now - min((max(job.sent, worker.progress) for job in worker.jobs.values()), default=now)
+            if worker.state in waits and since > waits[worker.state]:
+                hint = "; are there free CPUs or GPUs in the cluster for it?" if worker.state == "starting" else ""
+                self._replace(worker, f"did not finish {worker.state} within {since:.0f} s{hint}", TimeoutError)
+            elif oldest > limits.request_timeout_s:
+                self._replace(worker, f"did not answer while {worker.task} for {oldest:.0f} s", TimeoutError)
+            elif worker.state not in ("ready", "loading"):
+                continue
+            elif worker.ping is not None and now - worker.pinged > limits.ping_timeout_s:
+                silent = now - worker.pinged
+                self._replace(worker, f"did not answer a ping while {worker.task} for {silent:.0f} s", TimeoutError)
+            elif worker.ping is None and now - worker.pinged > min(_PING_EVERY_S, limits.ping_timeout_s):
+                worker.ping, worker.pinged = worker.actor.ping.remote(), now
+
+    def cancel(self, call: Call) -> None:
+        """Forgets what is left of a call, here and on the workers."""
+        self.ledger.drop(call)
+        for worker in self.workers:
+            mine = [ref for ref, job in worker.jobs.items() if job.call is call]
+            ids = [worker.jobs.pop(ref).request.request_id for ref in mine]
+            if ids and worker.state in ("ready", "loading"):
+                worker.actor.cancel.remote(ids)
+
+    def fail(self, error: Exception) -> None:
+        """Ends every call with `error`."""
+        self.ledger.fail(error)
+        for worker in self.workers:
+            worker.jobs.clear()
+
+    def kill(self, worker: Worker) -> None:
+        import ray
+
+        worker.awaited = worker.ping = None
+        if worker.actor is not None:
+            try:
+                ray.kill(worker.actor, no_restart=True)
+            except Exception as error:  # it is gone already, or Ray itself is
+                log.debug("%s could not be killed: %r", str(worker), error)
+            worker.actor = None
+
+    def _start(self, worker: Worker) -> None:
+        import ray
+
+        actor_class: Any = ray.remote(self._class)
+        options = self._options[worker.number]
+        worker.actor = actor_class.options(**options).remote(self.spec, worker.number, code_version())
+        worker.state, worker.since, worker.version = "starting", time.monotonic(), -1
+        worker.awaited, worker.where, worker.log = worker.actor.ping.remote(), "not up yet", None
+
+    def _load(self, worker: Worker) -> None:
+        assert self.weights is not None
+        ref, version = self.weights
+        worker.state, worker.since, worker.loading = "loading", time.monotonic(), version
+        worker.awaited = worker.actor.load_weights.remote(ref)
+
+    def _advance(self, worker: Worker, value: Any) -> None:
+        """The awaited answer of a starting or loading worker has come."""
+        worker.awaited, worker.pinged = None, time.monotonic()
+        if worker.state == "starting":
+            worker.where, worker.log = f"pid {value['pid']} on {value['host']}", value.get("log")
+            worker.version = value["version"]
+        else:
+            worker.version = value
+        if self.weights is not None and worker.version != self.weights[1]:
+            self._load(worker)
+            return
+        if worker.state == "starting" or worker.failures:
+            log.info("%s is ready with weights of version %d", str(worker), worker.version)
+        worker.state, worker.failures, self._up = "ready", 0, True
+
+    def _answer_failed(self, worker: Worker, cause: Exception) -> None:
+        if worker.state == "loading" and isinstance(cause, ValueError):  # a bad update: the worker keeps what it had
+            self.refusals[worker.loading] = type(cause)(f"{worker} refused the update: {cause}")
+            worker.awaited, worker.state = None, "ready"
+            return
+        self._replace(worker, f"failed while {worker.state}: {cause}")
+
+    def _lost(self, job: Job, error: Exception, how: str) -> None:
+        failed = self.ledger.lost(job, error, how)
+        if failed is not None:
+            self.cancel(failed)
+
+    def _replace(self, worker: Worker, why: str, kind: type[Exception] = RuntimeError, killed: bool = False) -> None:
+        """Names a worker that is lost, starts another in its place with the current weights, and sends its requests elsewhere.
+
+        Before any worker has been up, only one whose process was `killed` is started again: whatever else goes wrong then is a mistake
+        in the set-up, and would go wrong again.
+        """
+        jobs = list(worker.jobs.values())
+        was_up = worker.state == "ready"
+        error = kind(f"{worker} {why}")  # as text now: a record may be formatted when the worker is another process
+        log.error("%s; %d of its requests are sent again", error, len(jobs))
+        self.kill(worker)
+        worker.jobs.clear()
+        for job in reversed(jobs):
+            self._lost(job, error, "was lost")
+        worker.failures = 0 if was_up else worker.failures + 1
+        if (self._up or killed) and worker.failures < self.limits.max_restarts:
+            self._start(worker)
+            return
+        worker.state = "failed"
+        if not self._up or all(w.state == "failed" for w in self.workers):
+            self.error = error
+            self.fail(error)
