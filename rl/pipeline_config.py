@@ -67,9 +67,7 @@ class PipelineConfig:
     )  # tasks: conversations of the domains' own kind; options: convert.data
     run: dict = field(default_factory=dict)
     specialist: dict = field(default_factory=dict)
-    specialists: dict = field(
-        default_factory=dict
-    )  # domain -> keys over `specialist`, or a config file of `winnow train`
+    specialists: dict = field(default_factory=dict)  # domain -> keys over `specialist`, or a config of `winnow train`
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     student_run: dict = field(default_factory=dict)
@@ -102,7 +100,7 @@ class PipelineConfig:
         """A specialist's own keys: a section of `specialists`, or what a config file of `winnow train` says."""
         own = self.specialists.get(domain, {})
         if isinstance(own, str):
-            own = read_values(own)
+            own = specialist_values(own)
             listed = [section for section in own.get("domains", []) if section.get("name") == domain]
             own["domains"] = listed
         return {key: value for key, value in own.items() if key not in OF_PIPELINE}
@@ -110,6 +108,18 @@ class PipelineConfig:
     def specialist_base(self, domain: str) -> str:
         """The model.path that a specialist's own config names; empty for none."""
         return str(self._own(domain).get("model", {}).get("path") or "")
+
+
+def specialist_values(name: str) -> dict[str, Any]:
+    """What a specialist's config file says: a path, or the name of a shipped one. Raises ConfigError where there is none."""
+    from winnow.rl.verbs import find_config
+
+    try:
+        return read_values(find_config(name))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"specialists: {error}") from None
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -165,7 +175,7 @@ def _check_specialists(pipeline: PipelineConfig) -> None:
             raise ConfigError(f"specialists.{domain} is no domain: the domains are {', '.join(pipeline.domains)}")
         if not isinstance(own, str | Mapping):
             raise ConfigError(f"specialists.{domain} is {own!r}, but it must be a section of keys or a config file")
-        if isinstance(own, str) and domain not in [d.get("name") for d in read_values(own).get("domains", [])]:
+        if isinstance(own, str) and domain not in [d.get("name") for d in specialist_values(own).get("domains", [])]:
             raise ConfigError(
                 f"specialists.{domain} is {own}, which has no domain called {domain!r}: name the same domain in both"
             )

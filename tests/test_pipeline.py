@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +21,23 @@ import pytest
 import torch
 
 from winnow.distill.store import read_rows, write_rows
-from winnow.models.load import load, load_tokenizer
+from winnow.models.load import load, load_tokenizer, save
 from winnow.rewards.demonstrations import demonstrations, pretraining_texts
 from winnow.rewards.tasks import generate_tasks
 from winnow.rl.base import make_tokenizer
+from winnow.rl.batching import make_distillation_batch
 from winnow.rl.cluster import Cluster, worker_spec
-from winnow.rl.config import Config, ConfigError
+from winnow.rl.config import Config, ConfigError, to_mapping
 from winnow.rl.distillation import contamination, data_requests, generate_rows, rows_of
 from winnow.rl.learner import Learner
 from winnow.rl.lineage import check_same_base, tokenizer_hash, weights_hash
 from winnow.rl.manifest import Manifest
+from winnow.rl.on_policy import distill_on_policy
 from winnow.rl.pipeline import Pipeline, result_table
 from winnow.rl.pipeline_config import DataConfig, PipelineConfig, make_pipeline
 from winnow.rl.rendering import TrainingTemplate
+from winnow.rl.sampler import TaskSampler, domain_tasks
+from winnow.rl.teachers import Teachers
 from winnow.rollout.local_pool import LocalPool
 from winnow.rollout.template import ChatTemplate
 
@@ -235,10 +244,10 @@ def test_sampling_goes_on_with_the_missing_prompts_and_another_rule_needs_none(
         cut, _ = generate_rows(config, options, Cluster(None, again), tmp_path / "cut", "sums")  # type: ignore[arg-type]
         assert len(dying.asked) == 16 and len(again.asked) == 8, "two shards of four were kept"
         assert cut.read_bytes() == whole.read_bytes()
-        none = Counted(pool)
+        strict, none = len(read_rows(cut)), Counted(pool)
         looser = dataclasses.replace(options, threshold=0.0, best=3)
         rows, found = generate_rows(config, looser, Cluster(None, none), tmp_path / "cut", "sums")  # type: ignore[arg-type]
-        assert none.asked == [] and len(read_rows(rows)) > len(read_rows(cut)) and found.sampled == {"sums": 256}
+        assert none.asked == [] and len(read_rows(rows)) > strict and found.sampled == {"sums": 256}
         generate_rows(config, options, Cluster(None, none), tmp_path / "cut", "sums", key="newer")  # type: ignore[arg-type]
         assert len(none.asked) == 16 and len(list((tmp_path / "cut" / "shards").iterdir())) == 1, (
             "stale samples are gone"
@@ -435,3 +444,139 @@ def test_a_template_with_text_after_the_end_mark_is_not_learned() -> None:
     ids, mask = TrainingTemplate(Tokenizer()).render(talk)
     assert "".join(map(chr, ids)) == "u:hi.\na:yo.\nu:so.\na:no."
     assert "".join(chr(i) if m else "_" for i, m in zip(ids, mask, strict=True)) == "_" * 8 + "yo." + "_" * 9 + "no."
+
+
+# -------------------------------------------------------------------------------------------------------------- on-policy distillation
+
+
+def teacher_that_says(digit: int, babbler: Path, folder: Path) -> str:
+    """The babbler with one digit made likelier, whatever the prompt."""
+    model, tokenizer = load(babbler), load_tokenizer(babbler)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer(f"{digit}", add_special_tokens=False)["input_ids"][-1], 0] += 0.6
+    save(model, tokenizer, folder)
+    return str(folder)
+
+
+def test_the_student_comes_closer_to_the_teacher_of_each_domain(babbler: Path, tmp_path: Path) -> None:
+    teachers = {
+        "lookup": teacher_that_says(3, babbler, tmp_path / "t3"),
+        "sums": teacher_that_says(7, babbler, tmp_path / "t7"),
+    }
+    config = pipeline_config(
+        tmp_path, babbler, "run.indexer={train: frozen, selection: own}", "student_run={learner: {lr: 5.0e-3}}"
+    ).stage_run("student", str(babbler))
+    with Here()(config) as cluster:
+        cluster.start(config)
+        kl = distill_on_policy(config, cluster, teachers, 12, tmp_path / "log.jsonl", lambda _: None)
+        assert np.mean(kl[-3:]) < 0.6 * np.mean(kl[:3]) and kl[0] > 0.05, kl
+        rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert rows[0]["mismatch/k3_kl"] < 1e-8, "the learner scores its own samples as the rollout did"
+        drawn = [
+            t
+            for g in cluster.generate(TaskSampler(domain_tasks(config, "train"), config).requests(99))
+            for t in g.trajectories
+        ]
+        own = cluster.learner.logprobs(drawn)  # type: ignore[attr-defined]
+        right = Teachers(teachers).logprobs(drawn, 512)
+        wrong = Teachers(dict(zip(teachers, reversed(teachers.values()), strict=True))).logprobs(drawn, 512)
+        assert not np.allclose(np.concatenate(right), np.concatenate(wrong)), "each domain has its own teacher"
+        assert [len(x) for x in right] == [len(x) for x in own] == [t.num_generated for t in drawn]
+        with pytest.raises(ValueError, match=r"\['sums'\] have no teacher"):
+            distill_on_policy(config, cluster, {"lookup": teachers["lookup"]}, 1, tmp_path / "x", lambda _: None)
+        with pytest.raises(ValueError, match="domain 'lookup' has no teacher; there are teachers for sums"):
+            Teachers({"sums": "x"}).logprobs([t for t in drawn if t.domain == "lookup"], 512)
+
+
+def test_a_teacher_like_the_student_teaches_nothing_and_batches_are_checked(babbler: Path, tmp_path: Path) -> None:
+    config = pipeline_config(tmp_path, babbler, "run.indexer={train: frozen, selection: own}").stage_run(
+        "student", str(babbler)
+    )
+    with Here()(config) as cluster:
+        cluster.start(config)
+        drawn = [
+            t
+            for g in cluster.generate(TaskSampler(domain_tasks(config, "train"), config).requests(1))
+            for t in g.trajectories
+        ]
+        report = cluster.learner.distill_step(drawn, {"lookup": str(babbler), "sums": str(babbler)}, 1)
+        assert abs(report.metrics["loss/distillation"]) < 1e-8 and report.metrics["grad_norm"] < 1e-5
+    scores = [np.zeros(t.num_generated, np.float32) for t in drawn]
+    batch = make_distillation_batch(zip(drawn, scores, strict=True), step=1, micro_tokens=200)
+    (update,) = batch.updates
+    assert update.denominators.kl_tokens == sum(t.num_generated for t in drawn) and update.denominators.sequences == 0
+    assert len(update.micro_batches) > 1 and all(m.teacher_logprobs is not None for m in update.micro_batches)
+    long = max(drawn, key=lambda t: t.num_generated)
+    with pytest.raises(ValueError, match="its teacher scored 1"):
+        make_distillation_batch([(long, np.zeros(1, np.float32))], step=1, micro_tokens=9)
+    greedy = dataclasses.replace(drawn[0], temperature=0.0)
+    with pytest.raises(ValueError, match="temperatures"):
+        make_distillation_batch([(greedy, scores[0])], step=1, micro_tokens=9)
+    with pytest.raises(ValueError, match="no sample has a generated token"):
+        make_distillation_batch([], step=1, micro_tokens=9)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- kill -9
+
+CHILD = """
+import json, sys
+from contextlib import contextmanager
+from winnow.rl.cluster import Cluster, worker_spec
+from winnow.rl.learner import Learner
+from winnow.rl.pipeline import Pipeline
+from winnow.rl.pipeline_config import make_pipeline
+from winnow.rollout.local_pool import LocalPool
+
+@contextmanager
+def connect(config):
+    yield Cluster(Learner(config), LocalPool(worker_spec(config)))
+
+Pipeline(make_pipeline(json.load(open(sys.argv[1]))), lambda text: print(text, flush=True), connect).run()
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points_it_completes_with_the_same_tables(babbler: Path, tmp_path: Path) -> None:
+    """SIGKILL after a random number of lines of progress and a random moment more, ten times; then to the end."""
+    for name in ("whole", "killed"):
+        config = pipeline_config(
+            tmp_path / name, babbler, "run.schedule.save_every=1", "student={epochs: 2, batch_tokens: 400}"
+        )
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_mapping(config)))
+
+    def child(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CHILD, str(tmp_path / f"{name}.json")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole, _ = child("whole").communicate(timeout=600)
+    lines = len(whole.splitlines())
+    rng, kills = Random(9), 0
+    for _ in range(10):
+        process = child("killed")
+        assert process.stdout is not None
+        for _ in range(rng.randint(1, max(2, lines // 6))):
+            if not process.stdout.readline():
+                break
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        kills += process.wait(60) == -signal.SIGKILL
+    last = child("killed")
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    assert kills >= 8, "it must have been alive when it was killed"
+    tables = [
+        json.loads((tmp_path / name / "p" / "result.json").read_text())["domains"] for name in ("whole", "killed")
+    ]
+    assert tables[0] == tables[1]
+    events = [json.loads(line) for line in (tmp_path / "killed" / "p" / "stages.jsonl").read_text().splitlines()]
+    done = Counter(e["stage"] for e in events if e["event"] == "done")
+    assert set(done.values()) == {1} and set(
+        json.loads((tmp_path / "killed" / "p" / "manifest.json").read_text())
+    ) == set(STAGES)
+    begun = Counter(e["stage"] for e in events if e["event"] == "begin")
+    assert sum(begun.values()) > len(STAGES), "some stage was interrupted"
+    for name in ("lookup", "sums"):
+        rows = [(tmp_path / way / "p" / "data" / f"{name}.jsonl").read_text() for way in ("whole", "killed")]
+        assert [json.loads(x)["messages"] for x in rows[0].splitlines()] == [
+            json.loads(x)["messages"] for x in rows[1].splitlines()
+        ]
