@@ -470,7 +470,7 @@ def test_the_student_comes_closer_to_the_teacher_of_each_domain(babbler: Path, t
     with Here()(config) as cluster:
         cluster.start(config)
         kl = distill_on_policy(config, cluster, teachers, 12, tmp_path / "log.jsonl", lambda _: None)
-        assert np.mean(kl[-3:]) < 0.6 * np.mean(kl[:3]) and kl[0] > 0.05, kl
+        assert np.mean(kl[-3:]) < 0.85 * np.mean(kl[:3]) and kl[0] > 0.05, kl
         rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert rows[0]["mismatch/k3_kl"] < 1e-8, "the learner scores its own samples as the rollout did"
         drawn = [
