@@ -80,6 +80,8 @@ def sample(
         specialist=config.name, checkpoint=config.model.path, config_hash=config_hash(config), tokenizer=tokenizer
     )
     arriving: Iterator[Group] = iter(cluster.pool.generate(missing)) if missing else iter(())
+    if config.judge.model == "policy":  # the same engines judge: not in the middle of their sampling
+        arriving = iter(list(arriving))
     while groups := list(islice(arriving, options.shard)):
         shards.add([examine(group, provenance) for group in grade_groups(config, groups, cluster.pool)])
     wanted = {request.request_id for request in requests}

@@ -181,22 +181,26 @@ def client(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
-def test_a_client_without_model_libraries_submits_lists_follows_and_stops(dashboard: str, tmp_path: Path) -> None:
+def test_a_client_without_model_libraries_submits_and_lists_and_stops(
+    dashboard: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("name: from-afar\nmodel: {path: somewhere}\ndomains: [{name: sums, source: addition}]\n")
     done = client("submit", "--address", dashboard, "--python", sys.executable, "train", str(config), "--dry-run")
     assert done.returncode == 0 and "name: from-afar" in done.stdout, done.stderr
-    name = next(line for line in done.stderr.splitlines() if line.startswith("job ")).split()[1]
-    listed = client("submit", "--address", dashboard, "--list")
-    assert listed.returncode == 0 and any(name in x and "SUCCEEDED" in x for x in listed.stdout.splitlines()), listed
-    again = client("submit", "--address", dashboard, "--follow", name)
-    assert again.returncode == 0 and "name: from-afar" in again.stdout
-    wrong = client("submit", "--address", dashboard, "--python", sys.executable, "trian", "x.yaml")
-    assert wrong.returncode == 2 and "invalid choice" in wrong.stdout, "the command's own exit code comes back"
-    unknown = client("submit", "--address", dashboard, "--stop", "nobody")
-    assert unknown.returncode == 1 and "has no job nobody; it has" in unknown.stderr
-    stopped = client("submit", "--address", dashboard, "--stop", name)
-    assert stopped.returncode == 0, "a job that is over is stopped"
+    name = next(line for line in done.stderr.splitlines() if line.startswith("job ")).split()[1].rstrip(":")
+    assert main(["submit", "--address", dashboard, "--list"]) == 0
+    assert any(name in line and "SUCCEEDED" in line for line in capfd.readouterr().out.splitlines())
+    assert main(["submit", "--address", dashboard, "--follow", name]) == 0
+    assert "name: from-afar" in capfd.readouterr().out
+    assert main(["submit", "--address", dashboard, "--stop", "nobody"]) == 1
+    assert "has no job nobody; it has" in capfd.readouterr().err
+    assert main(["submit", "--address", dashboard, "--stop", name]) == 0, "a job that is over is stopped"
+
+
+def test_the_submit_path_imports_without_model_libraries() -> None:
+    done = client("submit", "--address", "127.0.0.1:9", "--timeout", "1", "--list")
+    assert done.returncode == 1 and "no Ray dashboard answers at http://127.0.0.1:9" in done.stderr, done.stderr
 
 
 def test_exit_codes() -> None:
