@@ -49,7 +49,7 @@ class StudentConfig:
     epochs: int = number(2, low=1)  # sft
     batch_tokens: int = number(4096, low=1)
     balance: str = choice("none", "none", "smallest")  # as many rows of every domain as the smallest has
-    rows: list[str] = field(default_factory=list)  # further rows files, or folders of them
+    rows: list = field(default_factory=list)  # further rows files, or folders of them
     steps: int = number(20, low=1)  # on_policy: the domains' quotas of student_run a step
 
 

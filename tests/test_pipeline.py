@@ -549,7 +549,9 @@ def test_killed_at_ten_random_points_it_completes_with_the_same_tables(babbler: 
         command = [sys.executable, "-c", CHILD, str(tmp_path / f"{name}.json")]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    whole, _ = child("whole").communicate(timeout=600)
+    first = child("whole")
+    whole, _ = first.communicate(timeout=600)
+    assert first.returncode == 0, whole
     lines = len(whole.splitlines())
     rng, kills = Random(9), 0
     for _ in range(10):
