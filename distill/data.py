@@ -1,24 +1,27 @@
 """From the specialists' graded groups to verified rows: what the student learns from.
 
-    graded Groups ─ select ─> Rows + Summary ─ write_rows ─> NAME.jsonl, NAME.parquet, NAME.summary.json ─ read_rows ─> Rows
+    graded Groups ─ examine ─> Sampled (shards.py) ─ select ─> Rows + Summary ─ write_rows ─> NAME.jsonl, .parquet, .summary.json, .card.md
 
-A row is kept when it was graded, ended by itself, scored at least the threshold, is new, and is among the best of its prompt. Every
-row says where it comes from: the specialist and its checkpoint, the policy version that drew it, config hash, seed, reward by part, and
-how sparse the attention was. Selecting is deterministic: the order of the groups does not change which rows are kept.
+A row is kept when it was graded, ended by itself, scored at least the threshold, is in no benchmark, of the wanted difficulty, new, and
+among the best of its prompt. Every row says where it comes from: the specialist and its checkpoint, the policy version that drew it, config
+hash, tokenizer, seed, reward by part, how sparse the attention was, and what it was chosen from. Selecting is deterministic: the order of
+the groups does not change which rows are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from winnow.rollout.schema import Failure, Group, IndexRecord, Message, Score, Trajectory
+
+PASS_BINS = 5  # of the histogram of pass rates: 0-20 %, ..., 80-100 %
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,7 @@ class Provenance:
     specialist: str
     checkpoint: str
     config_hash: str
+    tokenizer: str = ""  # a hash of vocabulary and chat template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,8 @@ class Row:
 
     `messages` begins with the `prompt_messages` messages of the prompt. `policy_version` is the newest that drew a token of it.
     `index`: `rows` (query rows recorded, over layers), `mean_selected`, `mean_available`, `selected_share`; empty without a record.
+    `selection`: of the prompt's samples, how many had a score (`samples`), how many `passed`, the `pass_rate`, this row's `rank` among
+    those kept (0 is the best), and `alike`, its largest similarity to a better one (Jaccard of the replies' words).
     """
 
     id: str  # a hash of prompt and replies: equal conversations have equal ids
@@ -56,101 +62,105 @@ class Row:
     num_tokens: int
     num_generated: int
     index: Mapping[str, float] = field(default_factory=dict)
+    tokenizer: str = ""
+    selection: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """One prompt's graded samples, before anything is chosen: what a shard holds. `rows[i]` is None where the sample has no score."""
+
+    request_id: str
+    prompt: str  # `conversation_id` of the prompt's messages
+    domain: str
+    rows: tuple[Row | None, ...]
+    finish_reasons: tuple[str, ...]
+    failures: tuple[str | None, ...]  # kinds
 
 
 @dataclass(kw_only=True)
 class Summary:
-    """What was kept and what was dropped, by domain and reason: `low_reward`, `truncated`, `duplicate`, `surplus`, `failure_KIND`."""
+    """What was kept and what was dropped, by domain and reason: `low_reward`, `truncated`, `failure_KIND`, `contaminated`, `too_easy`,
+    `too_hard`, `duplicate`, `near_duplicate`, `surplus` (beyond the best of its prompt), `over_limit` (of the domain).
+
+    `contaminated`: prompts by domain and benchmark. `difficulty`: prompts by domain and pass rate, in PASS_BINS bins.
+    """
 
     sampled: dict[str, int] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    contaminated: dict[str, dict[str, int]] = field(default_factory=dict)
+    difficulty: dict[str, list[int]] = field(default_factory=dict)
 
     def pass_rate(self, domain: str) -> float:
         """Share of the sampled trajectories that reached the threshold and ended by themselves, before dedup and best n."""
         return self.passed.get(domain, 0) / max(1, self.sampled.get(domain, 0))
 
+    def drop(self, domain: str, reason: str, count: int = 1) -> None:
+        reasons = self.dropped.setdefault(domain, {})
+        reasons[reason] = reasons.get(reason, 0) + count
+
     def as_dict(self) -> dict[str, Any]:
         rates = {domain: round(self.pass_rate(domain), 4) for domain in self.sampled}
-        return {"sampled": self.sampled, "pass_rate": rates, "kept": self.kept, "dropped": self.dropped}
+        found = {"sampled": self.sampled, "pass_rate": rates, "kept": self.kept, "dropped": self.dropped}
+        return {**found, "contaminated": self.contaminated, "difficulty": self.difficulty}
 
 
-def select(
-    groups: Iterable[Group], provenance: Provenance, threshold: float = 1.0, best: int = 2
-) -> tuple[list[Row], Summary]:
-    """The verified rows of one specialist: reward >= threshold, at most `best` different replies a prompt, the best first.
-
-    Of equal rewards the shorter reply wins. Raises ValueError for ungraded groups, for best < 1, and for a domain of which nothing is
-    left: it names the domain and its pass rate.
-    """
-    if best < 1:
-        raise ValueError(f"best is {best}, but at least one reply per prompt must be kept")
-    dropped: dict[str, Counter[str]] = defaultdict(Counter)
-    sampled: Counter[str] = Counter()
-    passed: Counter[str] = Counter()
-    by_prompt: dict[str, list[Row]] = defaultdict(list)
-    for group in groups:
-        if len(group.scores) != len(group.trajectories):
-            raise ValueError(f"group {group.request.request_id} is not graded: rows can only be verified from scores")
-        for trajectory, score in zip(group.trajectories, group.scores, strict=True):
-            domain = trajectory.domain
-            sampled[domain] += 1
-            reason = why_not(trajectory, score, threshold)
-            if reason:
-                dropped[domain][reason] += 1
-                continue
-            assert isinstance(score, Score)
-            passed[domain] += 1
-            by_prompt[prompt_key(group)].append(make_row(group, trajectory, score, provenance))
-    rows = choose(by_prompt, best, dropped)
-    kept = Counter(row.domain for row in rows)
-    summary = Summary(
-        sampled=dict(sampled),
-        passed=dict(passed),
-        kept=dict(kept),
-        dropped={domain: dict(reasons) for domain, reasons in dropped.items()},
+def examine(group: Group, provenance: Provenance) -> Sampled:
+    """A graded group's samples as candidate rows. Raises ValueError for an ungraded group."""
+    if len(group.scores) != len(group.trajectories):
+        raise ValueError(f"group {group.request.request_id} is not graded: rows can only be verified from scores")
+    pairs = list(zip(group.trajectories, group.scores, strict=True))
+    return Sampled(
+        request_id=group.request.request_id,
+        prompt=prompt_key(group),
+        domain=group.request.task.domain,
+        rows=tuple(make_row(group, t, s, provenance) if isinstance(s, Score) else None for t, s in pairs),
+        finish_reasons=tuple(t.finish_reason for t, _ in pairs),
+        failures=tuple(s.kind if isinstance(s, Failure) else None for _, s in pairs),
     )
-    check_kept(summary, threshold, provenance)
-    return rows, summary
 
 
-def check_kept(summary: Summary, threshold: float, provenance: Provenance) -> None:
-    """Raises ValueError where a domain, or everything, has no verified row."""
-    if not summary.sampled:
-        raise ValueError(f"specialist {provenance.specialist!r} has no samples to verify: generate some first")
-    for domain, count in summary.sampled.items():
-        if not summary.kept.get(domain):
-            raise ValueError(
-                f"domain {domain!r} has no verified row: pass rate {summary.pass_rate(domain):.1%} of {count} samples at threshold "
-                f"{threshold:g} (dropped: {summary.dropped.get(domain, {})}); train specialist {provenance.specialist!r} longer, sample "
-                "more per prompt, or lower the threshold"
-            )
+def verified(sampled: Iterable[Sampled], threshold: float, summary: Summary) -> dict[str, list[Row]]:
+    """The rows that passed, by prompt, each with its prompt's pass rate; the others are counted in `summary` by reason."""
+    prompts: dict[str, list[Row]] = {}
+    scored: Counter[str] = Counter()
+    domains: dict[str, str] = {}
+    for one in sampled:
+        summary.sampled[one.domain] = summary.sampled.get(one.domain, 0) + len(one.rows)
+        domains[one.prompt] = one.domain
+        for row, finish, failure in zip(one.rows, one.finish_reasons, one.failures, strict=True):
+            scored[one.prompt] += row is not None
+            reason = why_not(row, finish, failure, threshold)
+            if reason:
+                summary.drop(one.domain, reason)
+                continue
+            assert row is not None
+            summary.passed[one.domain] = summary.passed.get(one.domain, 0) + 1
+            prompts.setdefault(one.prompt, []).append(row)
+    for prompt, domain in domains.items():
+        if scored[prompt]:
+            rate = len(prompts.get(prompt, ())) / scored[prompt]
+            bins = summary.difficulty.setdefault(domain, [0] * PASS_BINS)
+            bins[min(PASS_BINS - 1, int(rate * PASS_BINS))] += 1
+    return {
+        prompt: [with_selection(row, samples=scored[prompt], passed=len(rows)) for row in rows]
+        for prompt, rows in prompts.items()
+    }
 
 
-def why_not(trajectory: Trajectory, score: Score | Failure, threshold: float) -> str | None:
-    """Why a trajectory is no candidate, or None."""
-    if isinstance(score, Failure):
-        return f"failure_{score.kind}"
-    if score.value < threshold:
+def with_selection(row: Row, *, samples: int, passed: int) -> Row:
+    return replace(row, selection={"samples": samples, "passed": passed, "pass_rate": round(passed / samples, 4)})
+
+
+def why_not(row: Row | None, finish_reason: str, failure: str | None, threshold: float) -> str | None:
+    """Why a sample is no candidate, or None."""
+    if row is None:
+        return f"failure_{failure}"
+    if row.reward < threshold:
         return "low_reward"
-    return "truncated" if trajectory.finish_reason in ("length", "abort") else None
-
-
-def choose(by_prompt: Mapping[str, Sequence[Row]], best: int, dropped: Mapping[str, Counter[str]]) -> list[Row]:
-    """Exact duplicates and all but the best of each prompt removed; sorted, so that the order of arrival does not matter."""
-    rows: list[Row] = []
-    for key in sorted(by_prompt):
-        unique: dict[str, Row] = {}
-        for row in sorted(by_prompt[key], key=lambda r: (-r.reward, r.num_generated, r.id, r.request_id, r.sample)):
-            if row.id in unique:
-                dropped[row.domain]["duplicate"] += 1
-            elif len(unique) >= best:
-                dropped[row.domain]["surplus"] += 1
-            else:
-                unique[row.id] = row
-        rows += unique.values()
-    return rows
+    return "truncated" if finish_reason in ("length", "abort") else None
 
 
 def prompt_key(group: Group) -> str:
@@ -183,6 +193,7 @@ def make_row(group: Group, trajectory: Trajectory, score: Score, provenance: Pro
         num_tokens=len(trajectory.tokens),
         num_generated=trajectory.num_generated,
         index=index_stats(trajectory.index_record),
+        tokenizer=provenance.tokenizer,
     )
 
 

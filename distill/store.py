@@ -1,24 +1,26 @@
-"""Verified rows on disk: JSONL for people and tools, Parquet for `datasets`, a summary beside them. Written whole or not at all."""
+"""Verified rows on disk: JSONL for people and tools, Parquet for `datasets`, summary and card beside them. Written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+from winnow.distill.card import data_card
 from winnow.distill.data import Row, Summary
+from winnow.distill.files import atomically
 
 TEXTS = ("id", "domain", "task_id", "specialist", "checkpoint", "config_hash", "request_id")
 COUNTS = ("prompt_messages", "policy_version", "seed", "sample", "turns", "num_tokens", "num_generated")
+NESTED = ("parts", "index", "selection")
 REQUIRED = tuple(f.name for f in fields(Row) if f.default is MISSING and f.default_factory is MISSING)
 
 
 def write_rows(rows: Sequence[Row], folder: str | Path, name: str = "rows", summary: Summary | None = None) -> Path:
-    """FOLDER/NAME.jsonl (returned), NAME.parquet where pyarrow is installed, NAME.summary.json where a summary is given.
+    """FOLDER/NAME.jsonl (returned), NAME.parquet where pyarrow is installed; NAME.summary.json and NAME.card.md with a summary.
 
     Each file appears under its name only when it is complete. Raises ValueError for no rows.
     """
@@ -38,6 +40,8 @@ def write_rows(rows: Sequence[Row], folder: str | Path, name: str = "rows", summ
     if summary is not None:
         text = json.dumps(summary.as_dict(), indent=1, sort_keys=True) + "\n"
         atomically(folder / f"{name}.summary.json", lambda file: file.write_text(text, encoding="utf-8"))
+        card = data_card(rows, summary, name)
+        atomically(folder / f"{name}.card.md", lambda file: file.write_text(card, encoding="utf-8"))
     return path
 
 
@@ -48,25 +52,13 @@ def write_parquet(plain: Sequence[dict[str, Any]], path: Path) -> bool:
         import pyarrow.parquet
     except ImportError:
         return False
-    columns = {key: [row[key] or None if key in ("parts", "index") else row[key] for row in plain] for key in plain[0]}
+    columns = {key: [row[key] or None if key in NESTED else row[key] for row in plain] for key in plain[0]}
     # a struct without fields cannot be stored: a column that is empty in every row is left out
     table = pyarrow.table(
         {key: column for key, column in columns.items() if any(value is not None for value in column)}
     )
     atomically(path, lambda file: pyarrow.parquet.write_table(table, file))
     return True
-
-
-def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary neighbour of `path`, flushes it to the disk and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -114,6 +106,11 @@ def fault(row: dict[str, Any]) -> str | None:
     for key in COUNTS:
         if not isinstance(row[key], int) or isinstance(row[key], bool):
             return f"field {key!r} is {row[key]!r}, but it must be a whole number"
+    for key in NESTED:
+        if not isinstance(row.get(key, {}), dict):
+            return f"field {key!r} is {row[key]!r}, but it must be an object of numbers"
+    if not isinstance(row.get("tokenizer", ""), str):
+        return f"field 'tokenizer' is {row['tokenizer']!r}, but it must be a text"
     if not isinstance(row["reward"], int | float) or not math.isfinite(row["reward"]):
         return f"field 'reward' is {row['reward']!r}, but it must be a finite number"
     messages = row["messages"]

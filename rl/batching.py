@@ -93,6 +93,7 @@ class PackItem:
     beta: float = 0.0
     temperature: float = 1.0
     ce_weights: np.ndarray | None = None
+    teacher_logprobs: np.ndarray | None = None  # fp32 [N]
     kept_sets: KeptSets | None = None
     index_record: IndexRecord | None = None
 
@@ -142,6 +143,39 @@ def make_sft_batch(examples: Iterable[tuple[np.ndarray, np.ndarray]], *, step: i
         denominators=Denominators(ce_tokens=total),
     )
     return TrainBatch(step=step, updates=(update,))
+
+
+def make_distillation_batch(
+    pairs: Iterable[tuple[Trajectory, np.ndarray]], *, step: int, micro_tokens: int
+) -> TrainBatch:
+    """Packs (trajectory, its teacher's log-probabilities fp32 [generated tokens]) into one update of KL(student || teacher).
+
+    The student's and the teacher's are probabilities over the whole vocabulary: kept sets do not apply. Raises ValueError where lengths
+    differ, where nothing was generated, and for samples that are greedy or of several temperatures.
+    """
+    sequences, temperatures = [], set()
+    for trajectory, teacher in pairs:
+        if len(teacher) != trajectory.num_generated:
+            raise ValueError(
+                f"trajectory {trajectory.key} has {trajectory.num_generated} generated tokens, its teacher scored {len(teacher)}"
+            )
+        if trajectory.kept_sets is not None:
+            raise ValueError(
+                f"trajectory {trajectory.key} was drawn from a cut vocabulary, which its teacher does not share: set rollout.top_p to 1, "
+                "rollout.top_k and rollout.min_p to 0 for the student"
+            )
+        temperatures.add(trajectory.temperature)
+        sequence = trajectory_sequence(trajectory)
+        if len(sequence.targets):
+            sequences.append(replace(sequence, teacher_logprobs=np.asarray(teacher, np.float32)))
+    if len(temperatures) > 1 or 0.0 in temperatures:
+        raise ValueError(
+            f"samples were drawn at temperatures {sorted(temperatures)}; a batch needs one, greater than 0"
+        )
+    if not sequences:
+        raise ValueError("no sample has a generated token: there is nothing to distil")
+    counts = Denominators(kl_tokens=sum(len(s.targets) for s in sequences))
+    return TrainBatch(step=step, updates=(Update(micro_batches=pack(sequences, micro_tokens), denominators=counts),))
 
 
 def sample_sequence(sample: Sample, *, kept_sets: bool = True) -> PackItem:
@@ -202,6 +236,7 @@ def _sequence(key: str, domain: str, tokens: np.ndarray, mask: np.ndarray) -> Pa
 def _join(members: Sequence[PackItem]) -> MicroBatch:
     lengths = np.array([len(s.tokens) for s in members], np.int32)
     with_ce = any(s.ce_weights is not None for s in members)
+    with_teacher = any(s.teacher_logprobs is not None for s in members)
     return MicroBatch(
         keys=tuple(s.key for s in members),
         domains=tuple(s.domain for s in members),
@@ -216,6 +251,14 @@ def _join(members: Sequence[PackItem]) -> MicroBatch:
         weights=np.array([s.weight for s in members], np.float32),
         betas=np.array([s.beta for s in members], np.float32),
         ce_weights=np.concatenate([s.ce_weights for s in members if s.ce_weights is not None]) if with_ce else None,
+        teacher_logprobs=np.concatenate(
+            [
+                np.full(len(s.targets), np.nan, np.float32) if s.teacher_logprobs is None else s.teacher_logprobs
+                for s in members
+            ]
+        )
+        if with_teacher
+        else None,
         temperature=members[0].temperature,
         kept_sets=_join_kept([s.kept_sets for s in members], [len(s.targets) for s in members]),
         index_records=tuple(s.index_record for s in members),

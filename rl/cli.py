@@ -159,6 +159,10 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     submit.add_argument(
         "--python", help="the interpreter on the head node (python; this one for a cluster on this machine)"
     )
+    submit.add_argument("--no-wait", action="store_true", help="return once the job is taken")
+    submit.add_argument("--list", action="store_true", help="the cluster's jobs; submits nothing")
+    submit.add_argument("--stop", metavar="JOB", help="end a job and wait until it is over")
+    submit.add_argument("--follow", metavar="JOB", help="show a job's log from its beginning, return its exit code")
     submit.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
@@ -223,7 +227,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             parser.error(f"{override!r} is not of the form key=value, e.g. learner.lr=1e-5")
     if arguments.verb == "eval" and arguments.retention == bool(arguments.tasks):
         parser.error("eval needs --tasks, or --retention with --text")
-    if arguments.verb == "submit" and not [word for word in arguments.command if word != "--"]:
+    if arguments.verb == "submit" and (bool(arguments.list) + bool(arguments.stop) + bool(arguments.follow)) > 1:
+        parser.error("submit takes one of --list, --stop and --follow")
+    asked = arguments.verb == "submit" and (arguments.list or arguments.stop or arguments.follow)
+    if arguments.verb == "submit" and not asked and not [word for word in arguments.command if word != "--"]:
         parser.error("submit needs a command, e.g. winnow submit train my.yaml")
     return arguments
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ class LearnerLike(Protocol):
     def resume(self, folder: str | Path, config: Config | None = None) -> dict[str, Any]: ...
     def step(self, batch: Any) -> Any: ...
     def sft_step(self, examples: Sequence[Any], step: int = 0) -> Any: ...
+    def distill_step(self, trajectories: Sequence[Any], teachers: Mapping[str, str], step: int = 0) -> Any: ...
     def weights(self, version: int) -> Any: ...
     def save(self, folder: str | Path, state: bool = True) -> None: ...
 
@@ -84,6 +85,9 @@ class RemoteLearner:
 
     def sft_step(self, examples: Sequence[Any], step: int = 0) -> Any:
         return self._get("sft_step", examples, step)
+
+    def distill_step(self, trajectories: Sequence[Any], teachers: Mapping[str, str], step: int = 0) -> Any:
+        return self._get("distill_step", trajectories, teachers, step)
 
     def logprobs(self, trajectories: Sequence[Any], replay: bool = False) -> Any:
         return self._get("logprobs", trajectories, replay)

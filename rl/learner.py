@@ -24,11 +24,20 @@ from winnow.models import attach
 from winnow.models import load as model_folders
 from winnow.models.context import IndexerLoss
 from winnow.rl import scoring
-from winnow.rl.batching import MicroBatch, TrainBatch, Update, make_sft_batch, pack, trajectory_sequence
+from winnow.rl.batching import (
+    MicroBatch,
+    TrainBatch,
+    Update,
+    make_distillation_batch,
+    make_sft_batch,
+    pack,
+    trajectory_sequence,
+)
 from winnow.rl.config import Config
 from winnow.rl.losses import LossInputs, compute_loss
 from winnow.rl.metrics import Tally, mismatch_metrics
 from winnow.rl.optimizer import Optimizer, non_finite_gradients
+from winnow.rl.teachers import Teachers
 from winnow.rollout import weights
 from winnow.rollout.schema import Trajectory
 
@@ -82,6 +91,7 @@ class Learner:
         base, indexer = attach.base_parameters(self.model).values(), attach.indexer_parameters(self.model).values()
         self.optimizer = Optimizer(base, indexer, config.learner, config.indexer)
         self.reference = None
+        self.teachers: Teachers | None = None
         if config.reference_path:
             self.reference = model_folders.load(config.reference_path, dtype=config.model.dtype, device=self.device)
             self.reference.requires_grad_(False)
@@ -133,6 +143,16 @@ class Learner:
         pairs = [e if isinstance(e, tuple) else (e.tokens, e.loss_mask) for e in examples]
         return self.step(make_sft_batch(pairs, step=step, micro_tokens=self.config.learner.micro_tokens))
 
+    def distill_step(
+        self, trajectories: Sequence[Trajectory], teachers: Mapping[str, str], step: int = 0
+    ) -> StepReport:
+        """One update towards the teachers (domain -> model folder) on the student's own samples: reverse KL per token."""
+        if self.teachers is None or self.teachers.paths != dict(teachers):
+            self.teachers = Teachers(teachers, self.config.model.dtype, self.device)
+        scores = self.teachers.logprobs(trajectories, self.config.learner.micro_tokens, self._selector)
+        pairs = zip(trajectories, scores, strict=True)
+        return self.step(make_distillation_batch(pairs, step=step, micro_tokens=self.config.learner.micro_tokens))
+
     @torch.no_grad()
     def logprobs(self, trajectories: Sequence[Trajectory], replay: bool = False) -> list[np.ndarray]:
         """fp32 [generated tokens] of each trajectory under the present weights, in order: for parity and forgetting measures."""
@@ -168,7 +188,7 @@ class Learner:
                 if loss.requires_grad:
                     loss.backward()
             tally.merge(output.metrics)
-            if number == 0 and update.denominators.sequences:
+            if number == 0 and (update.denominators.sequences or update.denominators.kl_tokens):
                 drift.add(inputs.logprobs.detach(), micro.rollout_logprobs)
             if number == 0:
                 self._tally_index(micro, result.selections, recorded, replay is not None, tally)

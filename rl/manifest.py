@@ -1,22 +1,29 @@
-"""Which stages of a pipeline are done, and from what: manifest.json. A stage whose inputs did not change is not done twice."""
+"""Which stages of a pipeline are done, and from what: manifest.json. A stage whose inputs did not change is not done twice.
+
+stages.jsonl beside it is the history, a line an event: every time a stage began, and every time one was done. A stage that was killed has
+more beginnings than ends; two ends with one key would be a stage done twice.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 FILE = "manifest.json"
+HISTORY = "stages.jsonl"
 
 
 class Manifest:
-    """`notes[stage]` = {"key": hash of its inputs, "seconds", "output": JSON values; values that name files must exist}."""
+    """`notes[stage]` = {"key": hash of its inputs, "inputs", "seconds", "gpu_seconds", "output": JSON values; values that name files must
+    exist}. `gpus`: how many the pipeline holds while a stage runs."""
 
-    def __init__(self, folder: Path, version: str, say: Callable[[str], object]) -> None:
-        self.path, self.version, self.say = folder / FILE, version, say
+    def __init__(self, folder: Path, version: str, say: Callable[[str], object], gpus: float = 0.0) -> None:
+        self.path, self.version, self.say, self.gpus = folder / FILE, version, say, gpus
         self.notes: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             try:
@@ -35,14 +42,36 @@ class Manifest:
             self.say(f"{name}: its inputs changed or its files are gone, doing it again")
             del self.notes[name]
         begin = time.monotonic()
-        output = make()
-        self.notes[name] = {"key": key, "seconds": round(time.monotonic() - begin, 1), "output": output}
-        temporary = self.path.with_name(f".{FILE}")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(self.notes, indent=1))
-        temporary.replace(self.path)
+        self._event(name, key, "begin")
+        output = json.loads(json.dumps(make()))  # as a later run will read it: lists, not tuples
+        seconds = time.monotonic() - begin
+        self.notes[name] = {
+            "key": key,
+            "inputs": json.loads(json.dumps(inputs, default=str)),
+            "seconds": round(seconds, 1),
+            "gpu_seconds": round(seconds * self.gpus, 1),
+            "output": output,
+        }
+        self._write()  # first: an event without its note would be a stage that is done again
+        self._event(name, key, "done", seconds=round(seconds, 1))
         self.say(f"{name}: done in {self.notes[name]['seconds']:.1f} s")
         return output
+
+    def _write(self) -> None:
+        """manifest.json, whole or not at all, also when the machine goes down."""
+        temporary = self.path.with_name(f".{FILE}")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            file.write(json.dumps(self.notes, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def _event(self, stage: str, key: str, event: str, **more: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"time": round(time.time(), 3), "stage": stage, "key": key, "event": event, **more}
+        with (self.path.parent / HISTORY).open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def key(self, inputs: Mapping[str, Any]) -> str:
         """16 hex digits of the inputs and of the code's version."""

@@ -1,7 +1,8 @@
 """The pipeline: specialists -> their verified data -> student -> one mixed GRPO stage -> evaluation. Restartable, no stage twice.
 
     base ─> convert ─┬─> specialist-D (RL, one run a domain) ─> data-D (verified, deduplicated rows) ─┐
-                     └────────────────────────────────────────────────────────────> student (SFT) <──┘ ─> mixed (RL, all domains)
+                     └────────────────────────────────────────────────────────────> student <────────┘ ─> mixed (RL, all domains)
+    student: SFT on those data, the specialists as teachers of its own samples (on-policy distillation), or one after the other
     evaluation: base, each specialist, student and mixed on the same held-out tasks; floors: the last model without its index
 
 Every stage notes in manifest.json what it was made from, as a hash of its config, of the stages before it and of the code's version. A
@@ -46,7 +47,9 @@ class Pipeline:
         self._start = time.monotonic()
         self._cluster: Cluster | None = None
         self._exits = ExitStack()
-        self.manifest = Manifest(self.folder, code_version(), self.say)
+        cluster, workers = config.run.get("cluster", {}), config.run.get("rollout", {}).get("workers", 1)
+        gpus = float(cluster.get("learner_gpus", 0)) + workers * float(cluster.get("worker_gpus", 0))
+        self.manifest = Manifest(self.folder, code_version(), self.say, gpus)
 
     def say(self, text: str) -> None:
         self._progress(f"[{time.monotonic() - self._start:6.1f} s] {text}")
@@ -70,13 +73,16 @@ class Pipeline:
         wanted = self.config.stages
         models: dict[str, str] = {}
         models["base"] = sparse = self._convert(self._base())
+        if "specialists" in wanted:
+            self._check_bases(sparse)
         for domain in self.config.domains if "specialists" in wanted else []:
             models[f"specialist-{domain}"] = self._reinforce("specialist", sparse, domain)
         rows = [
             self._data(domain, models[f"specialist-{domain}"]) for domain in self.config.domains if "data" in wanted
         ]
         if "student" in wanted:
-            models["student"] = self._student(sparse, rows)
+            teachers = {d: models[f"specialist-{d}"] for d in self.config.domains if f"specialist-{d}" in models}
+            models["student"] = self._student(sparse, rows, teachers)
         if "mixed" in wanted:
             models["mixed"] = self._reinforce("mixed", models["student"])
         evaluation: dict[str, Any] = {}
@@ -139,6 +145,14 @@ class Pipeline:
         count = max(16, options.num_tokens // options.seq_len)
         return [template.render(messages)[0] for messages in pretraining_texts(count, self.config.seed + 1, kinds)]
 
+    def _check_bases(self, sparse: str) -> None:
+        """Raises ValueError where a specialist's own config starts from other weights than the student will."""
+        from winnow.rl.lineage import check_same_base
+
+        for domain in self.config.domains:
+            if base := self.config.specialist_base(domain):
+                check_same_base(domain, base, sparse)
+
     def _reinforce(self, stage: str, model: str, domain: str | None = None) -> str:
         """One RL run; an interrupted one of the same config goes on where it stopped."""
         from winnow.rl.train import train
@@ -170,7 +184,9 @@ class Pipeline:
         def make() -> dict[str, Any]:
             from winnow.rl.distillation import generate_rows
 
-            path, found = generate_rows(config, options, self._started(config), self.folder / "data", domain)
+            key = self.manifest.key({"model": self._identity(model)})  # of the samples, not of what is chosen from them
+            cluster = self._started(config)
+            path, found = generate_rows(config, options, cluster, self.folder / "data", domain, key, self.say)
             rate, kept = found.pass_rate(domain), found.kept[domain]
             self.say(f"data-{domain}: {kept} verified rows of {found.sampled[domain]} samples (pass rate {rate:.1%})")
             return {"rows": str(path), **found.as_dict()}
@@ -178,19 +194,20 @@ class Pipeline:
         inputs = {"config": config_hash(config), "data": dataclasses.asdict(options), "model": self._identity(model)}
         return str(self.manifest.stage(f"data-{domain}", inputs, make)["rows"])
 
-    def _student(self, model: str, rows: list[str]) -> str:
-        config = self.config.stage_run("student", model)
+    def _student(self, model: str, rows: list[str], teachers: Mapping[str, str]) -> str:
+        config, options = self.config.stage_run("student", model), self.config.student
 
         def make() -> dict[str, Any]:
             from winnow.rl.distillation import train_student
 
-            folder = self.folder / "student" / "model"
-            return train_student(
-                config, self.config.student, self._started(config), rows, folder, lambda t: self.say(f"student: {t}")
-            )
+            folder, cluster = self.folder / "student" / "model", self._started(config)
+            return train_student(config, options, cluster, rows, folder, lambda t: self.say(f"student: {t}"), teachers)
 
-        inputs = {"config": config_hash(config), "student": dataclasses.asdict(self.config.student)}
-        inputs |= {"model": self._identity(model), "rows": [self._identity(path) for path in rows]}
+        inputs = {"config": config_hash(config), "student": dataclasses.asdict(options), "model": self._identity(model)}
+        if options.method != "on_policy":
+            inputs["rows"] = [self._identity(path) for path in [*rows, *options.rows]]
+        if options.method != "sft":
+            inputs["teachers"] = {domain: self._identity(path) for domain, path in teachers.items()}
         return str(self.manifest.stage("student", inputs, make)["model"])
 
     def _evaluate(self, name: str, model: str) -> dict[str, Any]:

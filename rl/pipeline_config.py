@@ -14,6 +14,7 @@ from typing import Any
 from winnow.rl.config import Config, make_config, read_values, typed
 from winnow.rl.config_fields import ConfigError, check_ranges, choice, number
 
+OF_PIPELINE = ("name", "runs_dir", "seed", "resume")  # of a specialist's config file: the pipeline's own go before
 STAGES = ("base", "convert", "specialists", "data", "student", "mixed", "evaluation")
 
 
@@ -26,14 +27,30 @@ class DataConfig:
     temperature: float = number(1.0, low=0, open_low=True)
     threshold: float = number(1.0, low=0)  # least reward of a row
     best: int = number(2, low=1)  # rows kept per prompt
+    diverse: bool = False  # after the best reply the least similar one, instead of the next best
+    near: float = number(
+        1.0, low=0, high=1, open_low=True
+    )  # so alike (Jaccard) rows are duplicates; 1: equal ones only
+    min_pass_rate: float = number(0.0, low=0, high=1)  # of a prompt: drops what the specialist solves by luck
+    max_pass_rate: float = number(1.0, low=0, high=1)  # drops what it always solves
+    limit: int | None = number(None, low=1)  # rows per domain
+    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> file (or ""): what evaluation uses, kept out
+    ngram: int = number(13, low=5)  # words that a prompt and a benchmark's item share in a row
+    overlap: float = number(0.5, low=0, high=1, open_low=True)  # share of the item's n-grams that makes a leak
+    max_contaminated: float = number(0.05, low=0, high=1)  # of a domain's verified prompts; more is an error
+    shard: int = number(16, low=1)  # prompts that are written together while sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Supervised fine-tuning of the base on those data."""
+    """What makes the base a student: fine-tuning on those data, the specialists as teachers of its own samples, or one after the other."""
 
-    epochs: int = number(2, low=1)
+    method: str = choice("sft", "sft", "on_policy", "both")
+    epochs: int = number(2, low=1)  # sft
     batch_tokens: int = number(4096, low=1)
+    balance: str = choice("none", "none", "smallest")  # as many rows of every domain as the smallest has
+    rows: list = field(default_factory=list)  # further rows files, or folders of them
+    steps: int = number(20, low=1)  # on_policy: the domains' quotas of student_run a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +67,7 @@ class PipelineConfig:
     )  # tasks: conversations of the domains' own kind; options: convert.data
     run: dict = field(default_factory=dict)
     specialist: dict = field(default_factory=dict)
+    specialists: dict = field(default_factory=dict)  # domain -> keys over `specialist`, or a config of `winnow train`
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     student_run: dict = field(default_factory=dict)
@@ -70,11 +88,38 @@ class PipelineConfig:
         """The config of an RL run within the pipeline: `run`, the stage's own keys over it, one domain or all."""
         over = {"specialist": self.specialist, "mixed": self.mixed, "student": self.student_run}.get(stage, {})
         values = merged(self.run, over)
+        if stage == "specialist" and domain is not None:
+            values = merged(values, self._own(domain))
         values["model"] = {**values.get("model", {}), "path": model}
         values |= {"name": f"{stage}-{domain}" if domain else stage, "runs_dir": str(self.folder), "seed": self.seed}
         if domain is not None:
             values["domains"] = [section for section in values["domains"] if section["name"] == domain]
         return make_config(values)
+
+    def _own(self, domain: str) -> dict[str, Any]:
+        """A specialist's own keys: a section of `specialists`, or what a config file of `winnow train` says."""
+        own = self.specialists.get(domain, {})
+        if isinstance(own, str):
+            own = specialist_values(own)
+            listed = [section for section in own.get("domains", []) if section.get("name") == domain]
+            own["domains"] = listed
+        return {key: value for key, value in own.items() if key not in OF_PIPELINE}
+
+    def specialist_base(self, domain: str) -> str:
+        """The model.path that a specialist's own config names; empty for none."""
+        return str(self._own(domain).get("model", {}).get("path") or "")
+
+
+def specialist_values(name: str) -> dict[str, Any]:
+    """What a specialist's config file says: a path, or the name of a shipped one. Raises ConfigError where there is none."""
+    from winnow.rl.verbs import find_config
+
+    try:
+        return read_values(find_config(name))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"specialists: {error}") from None
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -97,7 +142,10 @@ def check(pipeline: PipelineConfig) -> None:
         raise ConfigError(f"stages holds {unknown[0]!r}, but a pipeline's stages are {', '.join(STAGES)}")
     if pipeline.stages != [stage for stage in STAGES if stage in pipeline.stages]:
         raise ConfigError(f"stages are {pipeline.stages}, but they run in the order {', '.join(STAGES)}: sort the list")
-    for needs, needed in (("data", "specialists"), ("student", "data"), ("mixed", "student")):
+    method, files = pipeline.student.method, pipeline.student.rows
+    needs_rows = [] if files or method == "on_policy" else [("student", "data")]
+    needs_teachers = [] if method == "sft" else [("student", "specialists")]
+    for needs, needed in (("data", "specialists"), *needs_rows, *needs_teachers, ("mixed", "student")):
         if needs in pipeline.stages and needed not in pipeline.stages:
             raise ConfigError(f"stages has {needs!r} without {needed!r}, which it works on: add {needed!r}")
     if not pipeline.model and "base" not in pipeline.stages:
@@ -108,15 +156,43 @@ def check(pipeline: PipelineConfig) -> None:
         raise ConfigError(
             "run.domains is empty: a pipeline needs at least one domain, e.g. run: {domains: [{name: maths, source: lookup}]}"
         )
+    _check_specialists(pipeline)
     for stage in ("specialist", "student", "mixed"):
         pipeline.stage_run(stage, pipeline.model or "base")
     for domain in pipeline.domains:
         pipeline.stage_run("specialist", pipeline.model or "base", domain)
+    _check_student(pipeline)
     if pipeline.floors and pipeline.floors not in pipeline.domains:
         raise ConfigError(f"floors is {pipeline.floors!r}, but the domains are {', '.join(pipeline.domains)}")
     convert_options(pipeline)
     if not pipeline.model:
         base_options(pipeline)
+
+
+def _check_specialists(pipeline: PipelineConfig) -> None:
+    for domain, own in pipeline.specialists.items():
+        if domain not in pipeline.domains:
+            raise ConfigError(f"specialists.{domain} is no domain: the domains are {', '.join(pipeline.domains)}")
+        if not isinstance(own, str | Mapping):
+            raise ConfigError(f"specialists.{domain} is {own!r}, but it must be a section of keys or a config file")
+        if isinstance(own, str) and domain not in [d.get("name") for d in specialist_values(own).get("domains", [])]:
+            raise ConfigError(
+                f"specialists.{domain} is {own}, which has no domain called {domain!r}: name the same domain in both"
+            )
+
+
+def _check_student(pipeline: PipelineConfig) -> None:
+    data = pipeline.data
+    if data.min_pass_rate > data.max_pass_rate:
+        raise ConfigError(
+            f"data.min_pass_rate is {data.min_pass_rate}, above data.max_pass_rate {data.max_pass_rate}: no prompt could be kept"
+        )
+    sampling = pipeline.stage_run("student", pipeline.model or "base").rollout
+    if pipeline.student.method != "sft" and (sampling.top_p < 1 or sampling.top_k or sampling.min_p):
+        raise ConfigError(
+            f"student.method is {pipeline.student.method}, which compares whole distributions, but the student's rollout cuts the vocabulary: "
+            "set student_run.rollout.top_p=1, top_k=0 and min_p=0"
+        )
 
 
 def convert_options(pipeline: PipelineConfig) -> Any:

@@ -1,5 +1,8 @@
 """`winnow submit`: a command of ours as a Ray job. Builds the wheel, ships it to every node, follows the log, returns the job's code.
 
+Nothing here needs torch or transformers: a client has Ray, PyYAML, setuptools and wheel. Exit codes: the command's own (0 done, 1 failed, 2
+wrong usage), 130 for a job that was stopped.
+
 this machine                                  the cluster
 wheel of this source ──── py_modules ───────> every worker of the job imports it as winnow
 local YAML files, flat ── working_dir ──────> where the command runs; results are written where runs_dir says
@@ -23,7 +26,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-FAILED, STOPPED = "FAILED", "STOPPED"
+SUCCEEDED, FAILED, STOPPED = "SUCCEEDED", "FAILED", "STOPPED"
+STOP_CODE = 130
 WRITES = ("train", "distill", "pipeline")
 MAX_FILE = 10 << 20  # bytes of a local file that travels with the job
 
@@ -34,9 +38,10 @@ def submit_job(
     timeout_s: float,
     say: Callable[[str], object] = print,
     python: str | None = None,
+    wait: bool = True,
 ) -> int:
     """Runs `winnow COMMAND` as a job of the cluster whose dashboard is at `address` (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then
-    this machine's). 0 when it succeeded, 1 when not. Ctrl-C stops the job. Raises ValueError where no cluster answers.
+    this machine's). Returns the command's exit code. Ctrl-C stops the job. Raises ValueError where no cluster answers.
 
     `python` is the interpreter on the head node; left out, it is this one for a cluster on this machine, else what `python` is there.
     """
@@ -60,17 +65,79 @@ def submit_job(
             },
         )
         say(f"job {name}")
-        try:
-            status = follow(client, name)
-        except KeyboardInterrupt:
-            client.stop_job(name)
-            say(f"job {name} was told to stop")
-            raise
-    why = (client.get_job_info(name).message or "").partition(", last available logs")[
-        0
-    ]  # what follows repeats the log
-    say(f"job {name}: {status}{f', {why}' if status != 'SUCCEEDED' and why else ''}")
-    return 0 if status == "SUCCEEDED" else 1
+        if not wait:
+            say(f"winnow submit --address {place} --follow {name} shows its log, --stop {name} ends it")
+            return 0
+        return await_job(client, name, say)
+
+
+def await_job(client: Any, name: str, say: Callable[[str], object]) -> int:
+    """Follows a job to its end and returns its exit code. Ctrl-C stops it."""
+    try:
+        status = follow(client, name)
+    except KeyboardInterrupt:
+        client.stop_job(name)
+        say(f"job {name} was told to stop")
+        raise
+    info = client.get_job_info(name)
+    why = (info.message or "").partition(", last available logs")[0]  # what follows repeats the log
+    say(f"job {name}: {status}{f', {why}' if status != SUCCEEDED and why else ''}")
+    return exit_code(status, getattr(info, "driver_exit_code", None))
+
+
+def exit_code(status: str, of_driver: int | None) -> int:
+    """0 for success, 130 for a stopped job, else the command's own code, 1 where Ray does not know it (a node that died)."""
+    if status == SUCCEEDED:
+        return 0
+    return STOP_CODE if status == STOPPED else (of_driver if of_driver and 0 < of_driver < 256 else 1)
+
+
+def list_jobs(address: str | None, timeout_s: float) -> list[str]:
+    """A line a job of the cluster, the newest last: id, status, when it began, seconds so far, command."""
+    client = connect_client(find_address(address), timeout_s)
+    lines = []
+    for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0):
+        if job.submission_id is None:
+            continue  # a driver that was not submitted
+        begun = (job.start_time or 0) / 1000
+        seconds = ((job.end_time or time.time() * 1000) / 1000 - begun) if begun else 0.0
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun)) if begun else "-"
+        status = str(getattr(job.status, "value", job.status))
+        lines.append(
+            f"{job.submission_id}  {status:9}  {since}  {seconds:8.0f} s  {job.entrypoint.partition(' -m ')[2] or job.entrypoint}"
+        )
+    return lines
+
+
+def stop_job(address: str | None, name: str, timeout_s: float, say: Callable[[str], object] = print) -> int:
+    """Tells a job to stop and waits until it has. 0 when it is over; 1 when it is not within the time."""
+    client = connect_client(find_address(address), timeout_s)
+    known_job(client, name)
+    client.stop_job(name)
+    deadline = time.monotonic() + timeout_s
+    while (status := str(client.get_job_status(name).value)) not in (SUCCEEDED, FAILED, STOPPED):
+        if time.monotonic() > deadline:
+            say(f"job {name} is still {status} after {timeout_s:.0f} s")
+            return 1
+        time.sleep(0.5)
+    say(f"job {name}: {status}")
+    return 0
+
+
+def follow_job(address: str | None, name: str, timeout_s: float, say: Callable[[str], object] = print) -> int:
+    """The log of a job from its beginning to its end; its exit code. Ctrl-C leaves the job alone."""
+    client = connect_client(find_address(address), timeout_s)
+    known_job(client, name)
+    status = follow(client, name)
+    say(f"job {name}: {status}")
+    return exit_code(status, getattr(client.get_job_info(name), "driver_exit_code", None))
+
+
+def known_job(client: Any, name: str) -> None:
+    """Raises ValueError, with the jobs there are, for an unknown one."""
+    names = [job.submission_id for job in client.list_jobs() if job.submission_id]
+    if name not in names:
+        raise ValueError(f"the cluster has no job {name}; it has {', '.join(names) or 'none'}")
 
 
 def find_address(address: str | None) -> str:
@@ -121,7 +188,7 @@ def follow(client: Any, name: str) -> str:
             sys.stdout.write(log[shown:])
             sys.stdout.flush()
             shown = len(log)
-        if status in ("SUCCEEDED", FAILED, STOPPED):
+        if status in (SUCCEEDED, FAILED, STOPPED):
             return status
         time.sleep(0.5)
 
@@ -156,7 +223,17 @@ def copy_config(path: Path, folder: Path) -> None:
         raise ValueError(f"two different files are called {path.name}: they travel in one folder, so rename one")
     shutil.copyfile(path, target)
     values = yaml.safe_load(path.read_text()) or {}
-    bases = values.get("base", []) if isinstance(values, dict) else []
+    values = values if isinstance(values, dict) else {}
+    own = values.get("specialists") or {}
+    for name in (
+        [n for n in own.values() if isinstance(n, str) and (path.parent / n).is_file()] if isinstance(own, dict) else []
+    ):
+        if "/" in name:
+            raise ValueError(
+                f"{path} names the specialist's config {name} in another folder: put it beside {path.name}"
+            )
+        copy_config(path.parent / name, folder)
+    bases = values.get("base", [])
     for base in [bases] if isinstance(bases, str) else bases:
         if "/" in base:
             raise ValueError(

@@ -187,12 +187,19 @@ def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    from winnow.rl.submit import submit_job
+    from winnow.rl.submit import follow_job, list_jobs, stop_job, submit_job
 
+    if arguments.list:
+        print("\n".join(list_jobs(arguments.address, arguments.timeout)) or "the cluster has no job")
+        return 0
+    if arguments.stop:
+        return stop_job(arguments.address, arguments.stop, arguments.timeout, say)
+    if arguments.follow:
+        return follow_job(arguments.address, arguments.follow, arguments.timeout, say)
     command = (
         [word for word in arguments.command if word != "--"] if arguments.command[:1] == ["--"] else arguments.command
     )
-    return submit_job(command, arguments.address, arguments.timeout, say, arguments.python)
+    return submit_job(command, arguments.address, arguments.timeout, say, arguments.python, not arguments.no_wait)
 
 
 def bench(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from winnow.distill.data import Provenance, index_stats, select
+from winnow.distill.data import Provenance, index_stats
+from winnow.distill.selection import select
 from winnow.distill.store import read_rows, write_rows
 from winnow.distill.student import batches, domain_counts, make_example, make_examples, pack
 from winnow.rewards.baseline import play
@@ -69,7 +70,10 @@ def test_rows_carry_their_provenance(task):
         "pass_rate": {"reasoning": 0.5},
         "kept": {"reasoning": 1},
         "dropped": {"reasoning": {"low_reward": 1}},
+        "contaminated": {},
+        "difficulty": {"reasoning": [0, 0, 1, 0, 0]},
     }
+    assert dict(row.selection) == {"samples": 2, "passed": 1, "pass_rate": 0.5, "rank": 0, "alike": 0.0}
 
 
 def test_index_stats_count_what_is_not_padding():
@@ -162,6 +166,7 @@ def test_files_come_back_as_they_went(tmp_path, rows):
     assert sorted(p.suffix for p in path.parent.iterdir() if not p.name.startswith(".")) == [
         ".json",
         ".jsonl",
+        ".md",
         ".parquet",
     ]
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")], "no temporary file stays"

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +20,24 @@ import numpy as np
 import pytest
 import torch
 
-from winnow.distill.store import read_rows
-from winnow.models.load import load, load_tokenizer
+from winnow.distill.store import read_rows, write_rows
+from winnow.models.load import load, load_tokenizer, save
 from winnow.rewards.demonstrations import demonstrations, pretraining_texts
 from winnow.rewards.tasks import generate_tasks
 from winnow.rl.base import make_tokenizer
+from winnow.rl.batching import make_distillation_batch
 from winnow.rl.cluster import Cluster, worker_spec
-from winnow.rl.config import Config, ConfigError
+from winnow.rl.config import Config, ConfigError, to_mapping
+from winnow.rl.distillation import contamination, data_requests, generate_rows, rows_of
 from winnow.rl.learner import Learner
+from winnow.rl.lineage import check_same_base, tokenizer_hash, weights_hash
 from winnow.rl.manifest import Manifest
+from winnow.rl.on_policy import distill_on_policy
 from winnow.rl.pipeline import Pipeline, result_table
-from winnow.rl.pipeline_config import PipelineConfig, make_pipeline
+from winnow.rl.pipeline_config import DataConfig, PipelineConfig, make_pipeline
 from winnow.rl.rendering import TrainingTemplate
+from winnow.rl.sampler import TaskSampler, domain_tasks
+from winnow.rl.teachers import Teachers
 from winnow.rollout.local_pool import LocalPool
 from winnow.rollout.template import ChatTemplate
 
@@ -178,6 +191,144 @@ def test_a_changed_stage_is_done_again_with_all_that_follow_from_it(babbler: Pat
     (tmp_path / "p" / "data" / "sums.jsonl").unlink()
     _, lines, _ = run(pipeline_config(tmp_path, babbler, short, "data.tasks=15"))
     assert done_now(lines) == ["data-sums"], "the same inputs give the same rows, so the student need not be made again"
+    events = [json.loads(line) for line in (tmp_path / "p" / "stages.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events if e["stage"] == "student"] == ["begin", "done"] * 2
+    one = "specialists={sums: {learner: {lr: 2.0e-4}}}"
+    _, lines, _ = run(pipeline_config(tmp_path, babbler, short, "data.tasks=15", one))
+    assert done_now(lines) == ["specialist-sums", "data-sums", "student"], "the other specialist is left alone"
+
+
+def test_rows_lead_back_to_a_config_and_a_checkpoint_that_exist(
+    finished: tuple[Path, dict[str, Any], list[str], Here], babbler: Path
+) -> None:
+    root, _, _, _ = finished
+    for name in ("lookup", "sums"):
+        noted = (root / "p" / "data" / f"{name}.config.yaml").read_text()
+        for row in read_rows(root / "p" / "data" / f"{name}.jsonl"):
+            assert (
+                noted.startswith(f"# config {row.config_hash}\n") and (Path(row.checkpoint) / "config.json").is_file()
+            )
+            assert row.tokenizer == tokenizer_hash(load_tokenizer(babbler))
+            assert 1 <= row.selection["passed"] <= row.selection["samples"] == 16 and row.selection["rank"] in (0, 1)
+        assert (root / "p" / "data" / f"{name}.card.md").read_text().startswith("---")
+
+
+class Counted:
+    """A pool that notes what it was asked for, and dies after some groups."""
+
+    def __init__(self, pool: Any, dies_after: int | None = None) -> None:
+        self.pool, self.left, self.asked = pool, dies_after, []
+
+    def generate(self, requests: Any) -> Iterator[Any]:
+        self.asked += [request.request_id for request in requests]
+        for number, group in enumerate(self.pool.generate(requests)):
+            if number == self.left:
+                raise KeyboardInterrupt
+            yield group
+
+
+def test_sampling_goes_on_with_the_missing_prompts_and_another_rule_needs_none(
+    finished: tuple[Path, dict[str, Any], list[str], Here], tmp_path: Path
+) -> None:
+    root, result, _, _ = finished
+    config = pipeline_config(root, Path(result["models"]["base"])).stage_run(
+        "specialist", result["models"]["specialist-sums"], "sums"
+    )
+    options = DataConfig(tasks=16, samples=16, shard=4)
+    with LocalPool(worker_spec(config)) as pool:
+        whole, _ = generate_rows(config, options, Cluster(None, pool), tmp_path / "whole", "sums")  # type: ignore[arg-type]
+        dying = Counted(pool, dies_after=10)
+        with pytest.raises(KeyboardInterrupt):
+            generate_rows(config, options, Cluster(None, dying), tmp_path / "cut", "sums")  # type: ignore[arg-type]
+        again = Counted(pool)
+        cut, _ = generate_rows(config, options, Cluster(None, again), tmp_path / "cut", "sums")  # type: ignore[arg-type]
+        assert len(dying.asked) == 16 and len(again.asked) == 8, "two shards of four were kept"
+        assert cut.read_bytes() == whole.read_bytes()
+        strict, none = len(read_rows(cut)), Counted(pool)
+        looser = dataclasses.replace(options, threshold=0.0, best=3)
+        rows, found = generate_rows(config, looser, Cluster(None, none), tmp_path / "cut", "sums")  # type: ignore[arg-type]
+        assert none.asked == [] and len(read_rows(rows)) > strict and found.sampled == {"sums": 256}
+        generate_rows(config, options, Cluster(None, none), tmp_path / "cut", "sums", key="newer")  # type: ignore[arg-type]
+        assert len(none.asked) == 16 and len(list((tmp_path / "cut" / "shards").iterdir())) == 1, (
+            "stale samples are gone"
+        )
+
+
+def test_a_benchmark_that_leaks_into_the_prompts_is_refused(
+    finished: tuple[Path, dict[str, Any], list[str], Here], tmp_path: Path
+) -> None:
+    root, result, _, _ = finished
+    config = pipeline_config(root, Path("m")).stage_run("specialist", result["models"]["specialist-sums"], "sums")
+    options = DataConfig(tasks=16, samples=16)
+    tasks = data_requests(config, options, "sums")
+    leak = tmp_path / "leak.jsonl"
+    leak.write_text(
+        "".join(json.dumps({"prompt": r.task.messages[-1]["content"].upper(), "answer": "1"}) + "\n" for r in tasks)
+    )
+    assert contamination(config, options).find(tasks[0].task.messages[-1]["content"]) is None, (
+        "held-out tasks are others"
+    )
+    options = dataclasses.replace(options, benchmarks={str(leak): ""})
+    with (
+        LocalPool(worker_spec(config)) as pool,
+        pytest.raises(ValueError, match=r"domain 'sums': .* stand in a benchmark"),
+    ):
+        generate_rows(config, options, Cluster(None, pool), tmp_path, "sums")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown"):
+        contamination(config, dataclasses.replace(options, benchmarks={"nothing": ""}))
+
+
+def test_a_specialist_of_another_base_is_refused_with_both_hashes(babbler: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(babbler, other)
+    wanted = [weights_hash(babbler), weights_hash(other)]
+    assert wanted[0] == wanted[1], "a copy is the same base"
+    check_same_base("sums", str(other), str(babbler))
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x01\x02\x03\x04")
+    file = tmp_path / "sums.yaml"
+    file.write_text(f"# another base\nmodel: {{path: {other}}}\ndomains: [{{name: sums, source: addition}}]\n")
+    config = pipeline_config(tmp_path, babbler, f"specialists={{sums: {file}}}", "stages=[specialists]")
+    with pytest.raises(ValueError, match=rf"'sums' starts from .*{weights_hash(other)}\).*{wanted[0]}\)"):
+        run(config)
+    file.write_text(
+        f"model: {{path: {babbler}}}\nschedule: {{steps: 1}}\ndomains: [{{name: sums, source: addition, quota: 2}}]\n"
+    )
+    config = pipeline_config(tmp_path, babbler, f"specialists={{sums: {file}}}", "stages=[specialists]")
+    own = config.stage_run("specialist", "m", "sums")
+    assert (own.schedule.steps, own.domains[0].quota, own.domains[0].max_tokens) == (1, 2, 10)
+    assert config.stage_run("specialist", "m", "lookup").schedule.steps == 2
+
+
+def test_rows_of_another_tokenizer_are_refused_with_both_hashes(
+    finished: tuple[Path, dict[str, Any], list[str], Here], tmp_path: Path
+) -> None:
+    root, _, _, _ = finished
+    rows = read_rows(root / "p" / "data" / "sums.jsonl")
+    write_rows([dataclasses.replace(row, tokenizer="0" * 12) for row in rows[1:]], tmp_path, "strange")
+    assert rows_of(root / "p" / "data", rows[0].tokenizer, "m") and rows_of(tmp_path, "0" * 12, "m")
+    with pytest.raises(
+        ValueError, match=rf"strange\.jsonl: row .* tokenizer 0{{12}}, but m has tokenizer {rows[0].tokenizer}"
+    ):
+        rows_of(tmp_path, rows[0].tokenizer, "m")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.jsonl file"):
+        rows_of(tmp_path / "empty", "x", "m")
+
+
+def test_a_student_of_teachers_and_of_rows_and_teachers(babbler: Path, tmp_path: Path) -> None:
+    short = ("stages=[convert, specialists, data, student]", "run.schedule.steps=1", "student.steps=2")
+    result, lines, _ = run(pipeline_config(tmp_path, babbler, *short, "student.method=both"))
+    log = [json.loads(line) for line in (tmp_path / "p" / "student" / "on_policy.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2] and all(row["loss/distillation"] >= 0 for row in log)
+    assert (tmp_path / "p" / "student" / "sft" / "config.json").is_file() and any(
+        "on-policy step 2/2" in x for x in lines
+    )
+    sft, both = (load(p).state_dict() for p in (tmp_path / "p" / "student" / "sft", result["models"]["student"]))
+    assert any(not torch.equal(sft[key], both[key]) for key in sft)
+    only = ("stages=[convert, specialists, student]", *short[1:], "student.method=on_policy")
+    result, lines, _ = run(pipeline_config(tmp_path, babbler, *only))
+    assert done_now(lines) == ["student"], "no data are needed, and the specialists are the same"
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(babbler: Path, tmp_path: Path) -> None:
@@ -219,6 +370,13 @@ def test_a_stage_without_verified_rows_says_which_and_why(babbler: Path, tmp_pat
         ("mixed.schedule.step=1", "did you mean schedule.steps"),
         ("convert.topk=1", "did you mean convert.top_k"),
         ("convert.seq_len=4", "seq_len"),
+        ("stages=[convert, data, student]", "'data' without 'specialists'"),
+        ("specialists={x: {}}", "specialists.x is no domain"),
+        ("specialists={sums: 3}", "a section of keys or a config file"),
+        ("specialists={sums: {learner: {lr: -1}}}", "learner.lr is -1"),
+        ("data.near=0", "data.near is 0"),
+        ("data={min_pass_rate: 0.9, max_pass_rate: 0.1}", "above data.max_pass_rate"),
+        ("student.method=opd", "sft, on_policy, both"),
         ("floors=maths", "the domains are lookup, sums"),
         ("run.domains=[]", "at least one domain"),
     ],
@@ -286,3 +444,142 @@ def test_a_template_with_text_after_the_end_mark_is_not_learned() -> None:
     ids, mask = TrainingTemplate(Tokenizer()).render(talk)
     assert "".join(map(chr, ids)) == "u:hi.\na:yo.\nu:so.\na:no."
     assert "".join(chr(i) if m else "_" for i, m in zip(ids, mask, strict=True)) == "_" * 8 + "yo." + "_" * 9 + "no."
+
+
+# -------------------------------------------------------------------------------------------------------------- on-policy distillation
+
+
+def teacher_that_says(digit: int, babbler: Path, folder: Path) -> str:
+    """The babbler with one of its tokens made likelier, whatever the prompt."""
+    model, tokenizer = load(babbler), load_tokenizer(babbler)
+    with torch.no_grad():
+        spoken = (model.lm_head.weight[:, 0] > 1).nonzero()[:, 0]
+        model.lm_head.weight[spoken[digit], 0] += 0.6
+    save(model, tokenizer, folder)
+    return str(folder)
+
+
+def test_the_student_comes_closer_to_the_teacher_of_each_domain(babbler: Path, tmp_path: Path) -> None:
+    teachers = {
+        "lookup": teacher_that_says(3, babbler, tmp_path / "t3"),
+        "sums": teacher_that_says(7, babbler, tmp_path / "t7"),
+    }
+    config = pipeline_config(
+        tmp_path, babbler, "run.indexer={train: frozen, selection: own}", "student_run={learner: {lr: 5.0e-3}}"
+    ).stage_run("student", str(babbler))
+    with Here()(config) as cluster:
+        cluster.start(config)
+        kl = distill_on_policy(config, cluster, teachers, 12, tmp_path / "log.jsonl", lambda _: None)
+        assert np.mean(kl[-3:]) < 0.85 * np.mean(kl[:3]) and kl[0] > 0.05, kl
+        rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert rows[0]["mismatch/k3_kl"] < 1e-8, "the learner scores its own samples as the rollout did"
+        drawn = [
+            t
+            for g in cluster.generate(TaskSampler(domain_tasks(config, "train"), config).requests(99))
+            for t in g.trajectories
+        ]
+        own = cluster.learner.logprobs(drawn)  # type: ignore[attr-defined]
+        right = Teachers(teachers).logprobs(drawn, 512)
+        wrong = Teachers(dict(zip(teachers, reversed(teachers.values()), strict=True))).logprobs(drawn, 512)
+        assert not np.allclose(np.concatenate(right), np.concatenate(wrong)), "each domain has its own teacher"
+        assert [len(x) for x in right] == [len(x) for x in own] == [t.num_generated for t in drawn]
+        with pytest.raises(ValueError, match=r"\['sums'\] have no teacher"):
+            distill_on_policy(config, cluster, {"lookup": teachers["lookup"]}, 1, tmp_path / "x", lambda _: None)
+        with pytest.raises(ValueError, match="domain 'lookup' has no teacher; there are teachers for sums"):
+            Teachers({"sums": "x"}).logprobs([t for t in drawn if t.domain == "lookup"], 512)
+
+
+def test_a_teacher_like_the_student_teaches_nothing_and_batches_are_checked(babbler: Path, tmp_path: Path) -> None:
+    config = pipeline_config(tmp_path, babbler, "run.indexer={train: frozen, selection: own}").stage_run(
+        "student", str(babbler)
+    )
+    with Here()(config) as cluster:
+        cluster.start(config)
+        drawn = [
+            t
+            for g in cluster.generate(TaskSampler(domain_tasks(config, "train"), config).requests(1))
+            for t in g.trajectories
+        ]
+        report = cluster.learner.distill_step(drawn, {"lookup": str(babbler), "sums": str(babbler)}, 1)
+        assert abs(report.metrics["loss/distillation"]) < 1e-8 and report.metrics["grad_norm"] < 1e-5
+    scores = [np.zeros(t.num_generated, np.float32) for t in drawn]
+    batch = make_distillation_batch(zip(drawn, scores, strict=True), step=1, micro_tokens=200)
+    (update,) = batch.updates
+    assert update.denominators.kl_tokens == sum(t.num_generated for t in drawn) and update.denominators.sequences == 0
+    assert len(update.micro_batches) > 1 and all(m.teacher_logprobs is not None for m in update.micro_batches)
+    long = max(drawn, key=lambda t: t.num_generated)
+    with pytest.raises(ValueError, match="its teacher scored 1"):
+        make_distillation_batch([(long, np.zeros(1, np.float32))], step=1, micro_tokens=9)
+    greedy = dataclasses.replace(drawn[0], temperature=0.0)
+    with pytest.raises(ValueError, match="temperatures"):
+        make_distillation_batch([(greedy, scores[0])], step=1, micro_tokens=9)
+    with pytest.raises(ValueError, match="no sample has a generated token"):
+        make_distillation_batch([], step=1, micro_tokens=9)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- kill -9
+
+CHILD = """
+import json, sys
+from contextlib import contextmanager
+from winnow.rl.cluster import Cluster, worker_spec
+from winnow.rl.learner import Learner
+from winnow.rl.pipeline import Pipeline
+from winnow.rl.pipeline_config import make_pipeline
+from winnow.rollout.local_pool import LocalPool
+
+@contextmanager
+def connect(config):
+    yield Cluster(Learner(config), LocalPool(worker_spec(config)))
+
+Pipeline(make_pipeline(json.load(open(sys.argv[1]))), lambda text: print(text, flush=True), connect).run()
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points_it_completes_with_the_same_tables(babbler: Path, tmp_path: Path) -> None:
+    """SIGKILL after a random number of lines of progress and a random moment more, ten times; then to the end."""
+    for name in ("whole", "killed"):
+        config = pipeline_config(
+            tmp_path / name, babbler, "run.schedule.save_every=1", "student={epochs: 2, batch_tokens: 400}"
+        )
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_mapping(config)))
+
+    def child(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CHILD, str(tmp_path / f"{name}.json")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    first = child("whole")
+    whole, _ = first.communicate(timeout=600)
+    assert first.returncode == 0, whole
+    lines = len(whole.splitlines())
+    rng, kills = Random(9), 0
+    for _ in range(10):
+        process = child("killed")
+        assert process.stdout is not None
+        for _ in range(rng.randint(1, max(2, lines // 6))):
+            if not process.stdout.readline():
+                break
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        kills += process.wait(60) == -signal.SIGKILL
+    last = child("killed")
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    assert kills >= 8, "it must have been alive when it was killed"
+    tables = [
+        json.loads((tmp_path / name / "p" / "result.json").read_text())["domains"] for name in ("whole", "killed")
+    ]
+    assert tables[0] == tables[1]
+    events = [json.loads(line) for line in (tmp_path / "killed" / "p" / "stages.jsonl").read_text().splitlines()]
+    done = Counter(e["stage"] for e in events if e["event"] == "done")
+    assert set(done.values()) == {1} and set(
+        json.loads((tmp_path / "killed" / "p" / "manifest.json").read_text())
+    ) == set(STAGES)
+    begun = Counter(e["stage"] for e in events if e["event"] == "begin")
+    assert sum(begun.values()) > len(STAGES), "some stage was interrupted"
+    for name in ("lookup", "sums"):
+        rows = [(tmp_path / way / "p" / "data" / f"{name}.jsonl").read_text() for way in ("whole", "killed")]
+        assert [json.loads(x)["messages"] for x in rows[0].splitlines()] == [
+            json.loads(x)["messages"] for x in rows[1].splitlines()
+        ]

@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from winnow.rl.cli import main
-from winnow.rl.submit import build_wheel, content_hash, find_address, pack_files, shipped_project, source_root
+from winnow.rl.submit import (
+    build_wheel,
+    content_hash,
+    exit_code,
+    find_address,
+    pack_files,
+    shipped_project,
+    source_root,
+)
 
 
 def test_local_configs_travel_flat_with_their_bases(tmp_path: Path) -> None:
@@ -134,3 +142,83 @@ def test_a_job_runs_the_shipped_code_and_its_exit_code_comes_back(
     out, err = capfd.readouterr()
     assert "seed is -1, but it must be >= 0" in out
     assert "FAILED" in err and "Traceback" not in err
+
+
+# What a client without the models' libraries lacks. Ray, PyYAML and the build tools are there.
+MODEL_LIBRARIES = (
+    "torch",
+    "transformers",
+    "triton",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "omegaconf",
+    "math_verify",
+)
+CLIENT = """
+import sys
+BLOCKED = set(sys.argv[1].split(","))
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is not installed on this client")
+sys.meta_path.insert(0, Blocker())
+for name in BLOCKED:
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} was not blocked")
+from winnow.rl.cli import main
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+def client(*words: str) -> subprocess.CompletedProcess[str]:
+    """`winnow WORDS` in a process that cannot import what the models need."""
+    command = [sys.executable, "-c", CLIENT, ",".join(MODEL_LIBRARIES), *words]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+def test_a_client_without_model_libraries_submits_and_lists_and_stops(
+    dashboard: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("name: from-afar\nmodel: {path: somewhere}\ndomains: [{name: sums, source: addition}]\n")
+    done = client("submit", "--address", dashboard, "--python", sys.executable, "train", str(config), "--dry-run")
+    assert done.returncode == 0 and "name: from-afar" in done.stdout, done.stderr
+    name = next(line for line in done.stderr.splitlines() if line.startswith("job ")).split()[1].rstrip(":")
+    assert main(["submit", "--address", dashboard, "--list"]) == 0
+    assert any(name in line and "SUCCEEDED" in line for line in capfd.readouterr().out.splitlines())
+    assert main(["submit", "--address", dashboard, "--follow", name]) == 0
+    assert "name: from-afar" in capfd.readouterr().out
+    assert main(["submit", "--address", dashboard, "--stop", "nobody"]) == 1
+    assert "has no job nobody; it has" in capfd.readouterr().err
+    assert main(["submit", "--address", dashboard, "--stop", name]) == 0, "a job that is over is stopped"
+
+
+def test_the_submit_path_imports_without_model_libraries() -> None:
+    done = client("submit", "--address", "127.0.0.1:9", "--timeout", "1", "--list")
+    assert done.returncode == 1 and "no Ray dashboard answers at http://127.0.0.1:9" in done.stderr, done.stderr
+
+
+def test_exit_codes() -> None:
+    codes = [exit_code("SUCCEEDED", 0), exit_code("FAILED", 2), exit_code("FAILED", None), exit_code("STOPPED", -15)]
+    assert codes == [0, 2, 1, 130] and exit_code("FAILED", -9) == 1
+    assert main_code("submit") == 2 and main_code("submit", "--list", "--stop", "x") == 2
+
+
+def main_code(*words: str) -> int:
+    try:
+        return main(list(words))
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_the_specialists_configs_travel_with_their_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "maths.yaml").write_text("base: common.yaml\n")
+    (tmp_path / "common.yaml").write_text("seed: 1\n")
+    (tmp_path / "all.yaml").write_text("specialists: {maths: maths.yaml, logic: logic, agent: {learner: {lr: 1}}}\n")
+    _, packed = pack_files(["pipeline", str(tmp_path / "all.yaml")], tmp_path / "files")
+    assert sorted(file.name for file in packed.iterdir()) == ["all.yaml", "common.yaml", "maths.yaml"]
