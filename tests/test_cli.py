@@ -40,7 +40,7 @@ def config(tmp_path: Path, model: Path) -> Path:
 
 
 BAD = [
-    ("train nowhere.yaml", "config file nowhere.yaml does not exist, and the shipped configs are coding, demo"),
+    ("train nowhere.yaml", "config file nowhere.yaml does not exist, and the shipped configs are agent, alignment, coding, demo"),
     ("train CONFIG learner.lrr=1", "unknown key learner.lrr: did you mean learner.lr?"),
     ("train CONFIG learner.lr=fast", "learner.lr is 'fast', but it must be a number"),
     ("train CONFIG rollout.samples=1", "rollout.samples is 1, but it must be >= 2"),
@@ -191,7 +191,10 @@ def test_ctrl_c_ends_with_130_and_a_message(model: Path, tmp_path: Path) -> None
         "4",
     ]
     out = tmp_path / "out.jsonl"
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, env=dict(os.environ),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would hand down "ignored"
+    )  # fmt: skip
     deadline = time.monotonic() + 90
     while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
