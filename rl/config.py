@@ -79,6 +79,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
+    ranks: int = number(
+        1, low=1
+    )  # processes that the model and the micro-batches are split over, each with learner_gpus
     lr: float = number(1e-5, low=0)
     weight_decay: float = number(0.0, low=0)  # matrices only
     betas: tuple[float, float] = number((0.9, 0.95), low=0, high=1, open_high=True)

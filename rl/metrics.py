@@ -41,6 +41,14 @@ class Tally:
         for name, value in other.peaks.items():
             self.peak(name, value)
 
+    def floats(self) -> Tally:
+        """The same in plain numbers, to be sent."""
+        return Tally(
+            totals={name: (float(total), float(count)) for name, (total, count) in self.totals.items()},
+            sums={name: float(value) for name, value in self.sums.items()},
+            peaks={name: float(value) for name, value in self.peaks.items()},
+        )
+
     def result(self) -> dict[str, float]:
         """Everything as floats; a mean over nothing is 0."""
         means = {

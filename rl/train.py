@@ -78,7 +78,7 @@ def learn(
         advantages = compute_advantages(groups, config.algorithm, config.domains)
         batch = make_batch(
             advantages.samples, step=step, micro_tokens=config.learner.micro_tokens, updates=config.learner.updates_per_batch,
-            keep_idle=config.indexer.train == "kl", kept_sets=config.algorithm.keep_kept_sets,
+            keep_idle=config.indexer.train == "kl", kept_sets=config.algorithm.keep_kept_sets, ranks=config.learner.ranks,
         )  # fmt: skip
         report = cluster.learner.step(batch)
     with watch("sync"):

@@ -87,3 +87,30 @@ def test_an_actor_learner_trains_and_everything_ends(tmp_path: Path, monkeypatch
     with pytest.raises(TimeoutError, match=r"did not offer .*'GPU': 64.0"), clusters.connect(too_much):
         pass
     assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_a_killed_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )  # fmt: skip
+    save(LlamaForCausalLM(shape), None, tmp_path / "m")
+    pool = SilentPool()
+    monkeypatch.setattr(clusters, "make_pool", lambda config, options: pool)
+    tokens = np.arange(20)
+    config = config_for(tmp_path, "learner.ranks=2", "learner.lr=1e-2")
+    with clusters.connect(config) as cluster:
+        cluster.start(config)
+        assert pool.pushed[0][0] == 0 and pool.pushed[0][1] > 5
+        learner: Any = cluster.learner
+        losses = [learner.sft_step([(tokens, tokens > 5)] * 3, step).metrics["loss/ce"] for step in (1, 2, 3)]
+        assert losses[-1] < losses[0]
+        learner.save(tmp_path / "saved")
+        ray.kill(learner.actors[1])
+        with pytest.raises(RuntimeError, match=r"learner's rank 1 of 2 died during sft_step.*resume=true"):
+            learner.sft_step([(tokens, tokens > 5)] * 3, 4)
+    assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 1 and not ray.is_initialized()
