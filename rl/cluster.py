@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from winnow.rl.checkpoints import Checkpoint
-from winnow.rl.config import Config
+from winnow.rl.config import Config, ConfigError
 from winnow.rl.run import code_version
 from winnow.rollout.schema import Group, Request
 
@@ -206,6 +206,7 @@ def ray_session(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    check_placement(config)
     address = os.environ.get("RAY_ADDRESS") or (None if config.cluster.address == "local" else config.cluster.address)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "winnow", "log_to_driver": False}
     if address is None:
@@ -224,6 +225,30 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_placement(config: Config) -> None:
+    """Raises ConfigError, before Ray starts, for what this machine alone cannot offer. A cluster that is joined is asked itself."""
+    if os.environ.get("RAY_ADDRESS") or config.cluster.address != "local":
+        return
+    if config.cluster.strategy == "STRICT_SPREAD" and config.rollout.workers > 1:
+        raise ConfigError(
+            f"cluster.strategy is STRICT_SPREAD, which puts each of the {config.rollout.workers} rollout workers on a machine of its own, but "
+            "Ray is started on this machine alone: set it to PACK, or cluster.address to a running cluster"
+        )
+    asked = sum(bundle.get("GPU", 0.0) for bundle in bundles(config))
+    if asked > (have := count_gpus()):
+        raise ConfigError(
+            f"the run asks for {asked:g} GPUs ({config.learner.ranks} learner ranks x {config.cluster.learner_gpus:g} + "
+            f"{config.rollout.workers} workers x {config.cluster.worker_gpus:g}), but this machine has {have}: lower cluster.learner_gpus, "
+            "cluster.worker_gpus, learner.ranks or rollout.workers, or set cluster.address to a running cluster"
+        )
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def bundles(config: Config) -> list[dict[str, float]]:

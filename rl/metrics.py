@@ -119,5 +119,7 @@ def speed_metrics(times: Mapping[str, float], groups: Sequence[Group]) -> dict[s
     samples = sum(len(group.trajectories) for group in groups)
     metrics = {f"time/{stage}_s": seconds for stage, seconds in times.items()}
     metrics["tokens/rollout_per_s"] = tokens / max(times.get("rollout", 0.0), 1e-9)
+    # from step to step, whatever the schedule: waiting for rollouts, grading and pushing weights
+    metrics["learner/idle_share"] = 1.0 - times.get("learn", 0.0) / max(sum(times.values()), 1e-9)
     metrics["samples_per_s"] = samples / max(sum(times.values()), 1e-9)
     return metrics

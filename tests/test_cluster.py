@@ -50,6 +50,32 @@ def test_bundles_follow_the_config(tmp_path: Path) -> None:
     assert clusters.bundles(config) == [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("cluster.learner_gpus=1", "learner.ranks=2", "cluster.worker_gpus=0.5"),
+            "asks for 2.5 GPUs (2 learner ranks x 1",
+        ),
+        (("cluster.strategy=STRICT_SPREAD", "rollout.workers=2"), "set it to PACK"),
+    ],
+)
+def test_an_impossible_placement_is_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str
+) -> None:
+    import ray
+
+    monkeypatch.setattr(clusters, "count_gpus", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
+    with pytest.raises(clusters.ConfigError) as error, clusters.connect(config_for(tmp_path, *overrides)):
+        pass
+    assert message in str(error.value)
+    clusters.check_placement(config_for(tmp_path, "cluster.learner_gpus=1", "cluster.worker_gpus=1"))  # fits
+    joined = config_for(tmp_path, "cluster.learner_gpus=64", "cluster.address=auto")
+    clusters.check_placement(joined)  # for the cluster to say
+
+
 @pytest.mark.slow
 def test_an_actor_learner_trains_and_everything_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
@@ -84,6 +110,7 @@ def test_an_actor_learner_trains_and_everything_ends(tmp_path: Path, monkeypatch
             cluster.learner.load()
     assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 1 and not ray.is_initialized()
     too_much = config_for(tmp_path, "cluster.learner_gpus=64", "cluster.start_timeout_s=2")
+    monkeypatch.setattr(clusters, "check_placement", lambda config: None)  # as in a cluster that was joined
     with pytest.raises(TimeoutError, match=r"did not offer .*'GPU': 64.0"), clusters.connect(too_much):
         pass
     assert not ray.is_initialized()
