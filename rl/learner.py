@@ -247,6 +247,7 @@ class Learner:
         teacher = None if micro.teacher_logprobs is None else tensor(micro.teacher_logprobs)
         return LossInputs(
             logprobs=result.logprobs,
+            domains=micro.domains,
             entropy=result.entropy,
             old_logprobs=old,
             rollout_logprobs=rollout,
