@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.models.context import ForwardContext
+from winnow.models.context import ForwardContext, open_context
 
 
 def hidden_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
@@ -20,7 +20,10 @@ def hidden_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         with torch.no_grad():
             return hidden_states(model, input_ids, ctx)
     decoder = model.get_decoder()
-    output = decoder(input_ids=input_ids[None], position_ids=ctx.positions[None], use_cache=False, winnow=ctx)
+    # An open context is found by the layers themselves. FSDP's hooks would hand each layer a copy of one that is passed, and what the
+    # layer notes in it (KL, sets) would be lost.
+    passed = {} if open_context() is ctx else {"winnow": ctx}
+    output = decoder(input_ids=input_ids[None], position_ids=ctx.positions[None], use_cache=False, **passed)
     return output.last_hidden_state[0]
 
 

@@ -70,14 +70,17 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(resolve(path))
 
 
-def save(model: Any, tokenizer: Any | None, folder: str | Path) -> Path:
-    """Write a model folder that `load` and `from_pretrained` open; it appears whole or not at all and replaces an earlier one."""
+def save(model: Any, tokenizer: Any | None, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> Path:
+    """Write a model folder that `load` and `from_pretrained` open; it appears whole or not at all and replaces an earlier one.
+
+    tensors: the weights by name where the model itself holds only a part of them.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _quiet_loading():
-            model.save_pretrained(scratch)
+            model.save_pretrained(scratch, **({} if tensors is None else {"state_dict": tensors}))
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         scratch.chmod(0o755)

@@ -59,7 +59,11 @@ def compute_advantages(
         if len(scored) < 2:
             dropped["small_groups"] += 1
             continue
-        advantages = group_advantages(np.array([score.value for _, score in scored]), algorithm)
+        advantages = (
+            part_advantages([score for _, score in scored], table[domain].parts, algorithm, group.request.request_id)
+            if table[domain].parts
+            else group_advantages(np.array([score.value for _, score in scored]), algorithm)
+        )
         # Centring leaves rounding of the order of one ulp of the rewards; the group carries no signal then.
         if np.abs(advantages).max() < 1e-9:
             dropped["zero_variance"] += 1
@@ -85,6 +89,28 @@ def group_advantages(rewards: np.ndarray, algorithm: AlgorithmConfig) -> np.ndar
     """
     centred = rewards.astype(np.float64) - rewards.mean()
     return centred / max(float(centred.std()), algorithm.std_floor) if algorithm.advantage_scale == "std" else centred
+
+
+def part_advantages(
+    scores: Sequence[Score], weights: Mapping[str, float], algorithm: AlgorithmConfig, where: str
+) -> np.ndarray:
+    """GDPO (2601.05242): each reward part is centred and divided by its own std in the group before it is weighed. fp64 [n].
+
+    A large or rare part then cannot drown the others: with rewards added first, (1, 0) and (0, 1) would be the same. Raises ValueError
+    for a part that a score lacks.
+    """
+    for score in scores:
+        if missing := sorted(set(weights) - set(score.parts)):
+            raise ValueError(
+                f"group {where}: the domain weighs part {missing[0]!r}, but a score has {sorted(score.parts)}: set domains.*.parts to "
+                "names of that reward's parts"
+            )
+    total = np.zeros(len(scores))
+    for name, weight in weights.items():
+        values = np.array([score.parts[name] for score in scores], np.float64)
+        centred = values - values.mean()
+        total += weight * centred / max(float(centred.std()), algorithm.std_floor)
+    return total
 
 
 def balance_domains(

@@ -106,8 +106,11 @@ def make_batch(
     updates: int = 1,
     keep_idle: bool = False,
     kept_sets: bool = True,
+    ranks: int = 1,
 ) -> TrainBatch:
     """Packs samples into `updates` updates of micro-batches of at most `micro_tokens` inputs (a longer sequence goes alone).
+
+    With more `ranks` the micro-batches are smaller where a rank would otherwise have none.
 
     The samples of one group stay in one update. `keep_idle` keeps sequences with zero advantage and zero beta, which only an
     indexer in training learns from. `kept_sets` False scores on the whole vocabulary. Raises ValueError for greedy samples and for
@@ -123,11 +126,13 @@ def make_batch(
         sequences = [sample_sequence(sample, kept_sets=kept_sets) for sample in part]
         counts = Denominators(sequences=len(sequences), tokens=sum(len(s.targets) for s in sequences))
         active = [s for s in sequences if keep_idle or s.advantage != 0 or s.beta != 0]
-        made.append(Update(micro_batches=pack(active, micro_tokens), denominators=counts))
+        made.append(Update(micro_batches=pack(active, micro_tokens, ranks), denominators=counts))
     return TrainBatch(step=step, updates=tuple(made))
 
 
-def make_sft_batch(examples: Iterable[tuple[np.ndarray, np.ndarray]], *, step: int, micro_tokens: int) -> TrainBatch:
+def make_sft_batch(
+    examples: Iterable[tuple[np.ndarray, np.ndarray]], *, step: int, micro_tokens: int, ranks: int = 1
+) -> TrainBatch:
     """Packs (tokens int [L], loss_mask bool [L]) pairs into one cross-entropy update. Raises ValueError where nothing is trained."""
     sequences = []
     for number, (tokens, mask) in enumerate(examples):
@@ -139,14 +144,14 @@ def make_sft_batch(examples: Iterable[tuple[np.ndarray, np.ndarray]], *, step: i
     if not total:
         raise ValueError(f"{len(sequences)} examples hold no trained token: a loss mask must be True on the replies")
     update = Update(
-        micro_batches=pack([s for s in sequences if len(s.targets)], micro_tokens),
+        micro_batches=pack([s for s in sequences if len(s.targets)], micro_tokens, ranks),
         denominators=Denominators(ce_tokens=total),
     )
     return TrainBatch(step=step, updates=(update,))
 
 
 def make_distillation_batch(
-    pairs: Iterable[tuple[Trajectory, np.ndarray]], *, step: int, micro_tokens: int
+    pairs: Iterable[tuple[Trajectory, np.ndarray]], *, step: int, micro_tokens: int, ranks: int = 1
 ) -> TrainBatch:
     """Packs (trajectory, its teacher's log-probabilities fp32 [generated tokens]) into one update of KL(student || teacher).
 
@@ -175,7 +180,9 @@ def make_distillation_batch(
     if not sequences:
         raise ValueError("no sample has a generated token: there is nothing to distil")
     counts = Denominators(kl_tokens=sum(len(s.targets) for s in sequences))
-    return TrainBatch(step=step, updates=(Update(micro_batches=pack(sequences, micro_tokens), denominators=counts),))
+    return TrainBatch(
+        step=step, updates=(Update(micro_batches=pack(sequences, micro_tokens, ranks), denominators=counts),)
+    )
 
 
 def sample_sequence(sample: Sample, *, kept_sets: bool = True) -> PackItem:
@@ -201,8 +208,10 @@ def trajectory_sequence(trajectory: Trajectory, *, kept_sets: bool = True) -> Pa
     )
 
 
-def pack(sequences: Sequence[PackItem], micro_tokens: int) -> tuple[MicroBatch, ...]:
+def pack(sequences: Sequence[PackItem], micro_tokens: int, ranks: int = 1) -> tuple[MicroBatch, ...]:
     """Micro-batches of at most `micro_tokens` inputs; sequences of like length come together, which keeps attention's padding small."""
+    if ranks > 1:
+        micro_tokens = min(micro_tokens, -(-sum(len(s.tokens) for s in sequences) // ranks))
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].tokens), i))
     bins: list[list[PackItem]] = []
     filled = 0

@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from winnow.rl.checkpoints import Checkpoint
-from winnow.rl.config import Config
+from winnow.rl.config import Config, ConfigError
 from winnow.rl.run import code_version
 from winnow.rollout.schema import Group, Request
 
 CLOSE_TIMEOUT_S = 30.0
+DEATH_GRACE_S = 10.0  # after one rank's failure, for the death of another to show
 
 
 class LearnerLike(Protocol):
@@ -69,10 +71,13 @@ class Cluster:
 
 
 class RemoteLearner:
-    """The learner's actor with bounded waits. Weights stay in the object store: `weights` returns a reference to them."""
+    """The learner's actors, one a rank, with bounded waits. Every rank gets every call; the first one's result is the learner's.
 
-    def __init__(self, actor: Any, timeout_s: float) -> None:
-        self.actor, self.timeout_s = actor, timeout_s
+    Weights stay in the object store: `weights` returns a reference to them. A rank that dies is named in the error.
+    """
+
+    def __init__(self, actors: Sequence[Any], timeout_s: float) -> None:
+        self.actors, self.timeout_s = list(actors), timeout_s
 
     def load(self, path: str | Path | None = None, config: Config | None = None) -> dict[str, Any]:
         return self._get("load", None if path is None else str(path), config)
@@ -98,43 +103,87 @@ class RemoteLearner:
     def save(self, folder: str | Path, state: bool = True) -> None:
         self._get("save", str(Path(folder).resolve()), state)
 
+    def join(self) -> None:
+        """Brings the ranks together in one process group, at an address of the first one's machine."""
+        import ray
+
+        if len(self.actors) > 1:
+            address = ray.get(self.actors[0].address.remote(), timeout=self.timeout_s)
+            self._get("join", address)
+
     def _get(self, method: str, *arguments: Any) -> Any:
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
 
-        try:
-            return ray.get(self._ready(method, *arguments))
-        except RayActorError as error:
-            raise RuntimeError(f"the learner's process died during {method}: {error}") from None
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+        return ray.get(self._ready(method, *arguments))
 
     def _ready(self, method: str, *arguments: Any) -> Any:
-        """A reference to the finished result. Raises TimeoutError after `timeout_s`."""
+        """A reference to the first rank's result, once every rank is done. Raises what a rank raised; TimeoutError after `timeout_s`."""
         import ray
 
-        reference = getattr(self.actor, method).remote(*arguments)
-        done, _ = ray.wait([reference], timeout=self.timeout_s, fetch_local=False)
-        if not done:
-            raise TimeoutError(
-                f"learner.{method} has not returned for {self.timeout_s:.0f} s: raise cluster.step_timeout_s, or give the learner less "
-                "work (learner.micro_tokens, domains.*.quota)"
-            )
-        return reference
+        if len(self.actors) > 1:
+            arguments = tuple(ray.put(argument) for argument in arguments)  # once, not once a rank
+        references = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        waiting, deadline = list(references), time.monotonic() + self.timeout_s
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
+            if not done:
+                late = f" on rank {references.index(waiting[0])}" if len(references) > 1 else ""
+                raise TimeoutError(
+                    f"learner.{method} has not returned for {self.timeout_s:.0f} s{late}: raise cluster.step_timeout_s, or give the "
+                    "learner less work (learner.micro_tokens, domains.*.quota)"
+                )
+            if method == "weights" and done[0] == references[0]:
+                continue  # large, and wanted by the workers alone
+            try:
+                ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                raise self._explain(method, references, error) from None
+        return references[0]
+
+    def _explain(self, method: str, references: Sequence[Any], error: Exception) -> Exception:
+        """What to raise for a failed call. Where a rank has died the others fail too, and often first: the dead one is looked for."""
+        import ray
+
+        if len(references) > 1:
+            ray.wait(list(references), num_returns=len(references), timeout=DEATH_GRACE_S, fetch_local=False)
+        for rank, reference in enumerate(references):
+            name = f"rank {rank} of {len(references)}" if len(references) > 1 else "process"
+            try:
+                if ray.wait([reference], timeout=0, fetch_local=False)[0] and not (method == "weights" and rank == 0):
+                    ray.get(reference)
+            except ray.exceptions.RayActorError as dead:
+                return RuntimeError(
+                    f"the learner's {name} died during {method}: {dead}; resume=true goes on from the last checkpoint"
+                )
+            except ray.exceptions.RayError:
+                continue
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, Exception) else error
 
 
 def make_actor_class() -> type:
     """The learner's class for an actor: it refuses to run another version of the code than the driver's."""
     from winnow.rl.learner import Learner
+    from winnow.rl.ranks import free_address, join_ranks
 
     class LearnerActor(Learner):
-        def __init__(self, config: Config, driver_version: str) -> None:
+        def __init__(self, config: Config, driver_version: str, rank: int = 0) -> None:
             if code_version() != driver_version:
                 raise RuntimeError(
                     f"the learner runs winnow {code_version()}, the driver {driver_version}: install the same version on every node, or "
                     "submit with the built wheel"
                 )
             super().__init__(config)
+            self._rank = rank
+
+        def address(self) -> str:
+            import ray
+
+            return free_address(ray.util.get_node_ip_address())
+
+        def join(self, address: str) -> None:
+            learner, timeout_s = self.config.learner, self.config.cluster.step_timeout_s
+            self.ranks = join_ranks(self._rank, learner.ranks, address, timeout_s)
 
     return LearnerActor
 
@@ -161,6 +210,7 @@ def ray_session(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    check_placement(config)
     address = os.environ.get("RAY_ADDRESS") or (None if config.cluster.address == "local" else config.cluster.address)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "winnow", "log_to_driver": False}
     if address is None:
@@ -181,13 +231,37 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_placement(config: Config) -> None:
+    """Raises ConfigError, before Ray starts, for what this machine alone cannot offer. A cluster that is joined is asked itself."""
+    if os.environ.get("RAY_ADDRESS") or config.cluster.address != "local":
+        return
+    if config.cluster.strategy == "STRICT_SPREAD" and config.rollout.workers > 1:
+        raise ConfigError(
+            f"cluster.strategy is STRICT_SPREAD, which puts each of the {config.rollout.workers} rollout workers on a machine of its own, but "
+            "Ray is started on this machine alone: set it to PACK, or cluster.address to a running cluster"
+        )
+    asked = sum(bundle.get("GPU", 0.0) for bundle in bundles(config))
+    if asked > (have := count_gpus()):
+        raise ConfigError(
+            f"the run asks for {asked:g} GPUs ({config.learner.ranks} learner ranks x {config.cluster.learner_gpus:g} + "
+            f"{config.rollout.workers} workers x {config.cluster.worker_gpus:g}), but this machine has {have}: lower cluster.learner_gpus, "
+            "cluster.worker_gpus, learner.ranks or rollout.workers, or set cluster.address to a running cluster"
+        )
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def bundles(config: Config) -> list[dict[str, float]]:
-    """What the run asks of the cluster: the learner's bundle first, then one a worker."""
+    """What the run asks of the cluster: the learner's bundles first, one a rank, then one a worker."""
     learner = {"CPU": float(config.learner.threads), "GPU": config.cluster.learner_gpus}
     worker = {"CPU": float(config.rollout.threads), "GPU": config.cluster.worker_gpus}
     return [
         {name: amount for name, amount in bundle.items() if amount}
-        for bundle in (learner, *[worker] * config.rollout.workers)
+        for bundle in (*[learner] * config.learner.ranks, *[worker] * config.rollout.workers)
     ]
 
 
@@ -201,7 +275,8 @@ def placed(config: Config) -> Iterator[tuple[Any, Any]]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     asked, limit = bundles(config), config.cluster.start_timeout_s
-    groups = (placement_group(asked[:1]), placement_group(asked[1:], strategy=config.cluster.strategy))
+    ranks = config.learner.ranks
+    groups = (placement_group(asked[:ranks]), placement_group(asked[ranks:], strategy=config.cluster.strategy))
     try:
         if not all(group.wait(limit) for group in groups):
             raise TimeoutError(
@@ -216,28 +291,34 @@ def placed(config: Config) -> Iterator[tuple[Any, Any]]:
 
 
 def build(config: Config, learner_group: Any, worker_group: Any) -> Cluster:
-    """The learner's actor and the pool, each in its placement group."""
+    """The learner's actors and the pool, each in its placement group."""
     import ray
 
     threads, gpus = config.learner.threads, config.cluster.learner_gpus
     actor_class: Any = ray.remote(make_actor_class())
-    actor = actor_class.options(
-        num_cpus=threads,
-        num_gpus=gpus,
-        scheduling_strategy=_inside(learner_group),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},  # Ray sets it to 1 otherwise
-    ).remote(config, code_version())
+    actors = [
+        actor_class.options(
+            num_cpus=threads,
+            num_gpus=gpus,
+            scheduling_strategy=_inside(learner_group, rank),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},  # Ray sets it to 1 otherwise
+        ).remote(config, code_version(), rank)
+        for rank in range(config.learner.ranks)
+    ]
 
     def close() -> None:
-        with contextlib.suppress(Exception):  # the process may be gone already
-            ray.kill(actor)
+        for actor in actors:
+            with contextlib.suppress(Exception):  # the process may be gone already
+                ray.kill(actor)
 
+    learner = RemoteLearner(actors, config.cluster.step_timeout_s)
     try:
         pool = make_pool(config, [_inside(worker_group, number) for number in range(config.rollout.workers)])
+        learner.join()
     except BaseException:
         close()
         raise
-    return Cluster(RemoteLearner(actor, config.cluster.step_timeout_s), pool, close)
+    return Cluster(learner, pool, close)
 
 
 def _inside(group: Any, bundle: int = 0) -> Any:

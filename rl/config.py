@@ -50,6 +50,9 @@ class DomainConfig:
     max_total_tokens: int | None = number(
         None, low=1
     )  # of an episode: prompt and every turn; null: the engine's context
+    parts: dict[str, float] = field(
+        default_factory=dict
+    )  # reward parts with weights: each normalised in its group, then summed (GDPO); empty: the reward itself
     environment: str | None = None  # for rows of a file: where their episodes take place
     length_penalty: float = number(0.0, low=0)  # weight of the soft overlong penalty
     script: str = "latin"  # what replies should be written in, for language_penalty: latin, cyrillic, cjk, ...
@@ -79,6 +82,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
+    ranks: int = number(
+        1, low=1
+    )  # processes that the model and the micro-batches are split over, each with learner_gpus
     lr: float = number(1e-5, low=0)
     weight_decay: float = number(0.0, low=0)  # matrices only
     betas: tuple[float, float] = number((0.9, 0.95), low=0, high=1, open_high=True)
@@ -108,6 +114,7 @@ class AlgorithmConfig:
     keep_kept_sets: bool = True  # the learner scores each token on the set it was drawn from
     recompute_old: bool = False  # old_logprobs from the learner instead of the rollout's own
     max_mismatch: float = number(0.1, low=0, open_low=True)  # mismatch/k3_kl above this stops the run
+    dynamic_rounds: int = number(0, low=0)  # rounds of further prompts for those whose samples all got the same reward
     max_failures: float = number(
         0.25, low=0, high=1
     )  # a larger share of a domain's samples without a score stops the run
@@ -126,6 +133,8 @@ class IndexerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
+    kind: str = choice("sync", "sync", "one_step_off", "async")  # whether the rollout runs ahead of the learner
+    max_staleness: int = number(4, low=1)  # async: how many versions behind a token may be when it is trained
     steps: int = number(20, low=1)
     save_every: int = number(10, low=0)  # 0: only at the end
     keep: int = number(2, low=1)  # checkpoints
@@ -279,12 +288,33 @@ def check(config: Config) -> Config:
             f"algorithm.correction is {config.algorithm.correction}, which weighs by old/rollout probabilities, but without "
             "algorithm.recompute_old the two are the same numbers: set algorithm.recompute_old to true, or correction to none"
         )
+    _check_schedule(config)
     if config.learner.updates_per_batch > config.prompts_per_step:
         raise ConfigError(
             f"learner.updates_per_batch is {config.learner.updates_per_batch}, but a step has {config.prompts_per_step} prompts (the sum "
             "of the domains' quotas) and an update needs at least one: lower it or raise a quota"
         )
+    if config.prompts_per_step % config.learner.updates_per_batch:
+        raise ConfigError(
+            f"learner.updates_per_batch is {config.learner.updates_per_batch}, but a step's {config.prompts_per_step} prompts (the sum of "
+            "the domains' quotas) cannot be divided by it, and updates of unequal size would weigh samples unequally: set it to a divisor "
+            f"of {config.prompts_per_step}, or change a quota"
+        )
+    if config.learner.ranks > (samples := config.prompts_per_step * config.rollout.samples):
+        raise ConfigError(
+            f"learner.ranks is {config.learner.ranks}, but a step has only {samples} samples, and a rank needs at least one: lower ranks, "
+            "or raise rollout.samples or a quota"
+        )
     return config
+
+
+def _check_schedule(config: Config) -> None:
+    """A rollout that runs ahead needs probabilities of its own time, and sets of its own time."""
+    if config.schedule.kind != "sync" and config.algorithm.recompute_old and config.algorithm.correction == "none":
+        raise ConfigError(
+            f"schedule.kind is {config.schedule.kind}, but with algorithm.recompute_old and correction none nothing corrects for samples "
+            "of older weights: set recompute_old to false (the ratio then is to the rollout), or correction to tis or icepop"
+        )
 
 
 def _check_domains(config: Config) -> None:

@@ -131,7 +131,10 @@ def _accepts(hint: Any, value: Any) -> bool:
         inner = typing.get_args(hint)
         return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_accepts, inner, value))
     if typing.get_origin(hint) is dict:
-        return isinstance(value, Mapping) and all(isinstance(item, str) for pair in value.items() for item in pair)
+        inner = typing.get_args(hint)[1]
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str) and _accepts(inner, item) for key, item in value.items()
+        )
     if isinstance(hint, types.UnionType):
         return any(_accepts(option, value) for option in typing.get_args(hint))
     if hint is float and isinstance(value, str):
@@ -153,7 +156,7 @@ def _describe(hint: Any, rules: Mapping[str, Any]) -> str:
     if typing.get_origin(hint) is tuple:
         said = f"a list of {len(typing.get_args(hint))} numbers"
     elif typing.get_origin(hint) is dict:
-        said = "a mapping of names to names"
+        said = f"a mapping of names to {'numbers' if typing.get_args(hint)[1] is float else 'names'}"
     else:
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         said = " or ".join(words.get(option, str(option)) for option in options)

@@ -5,6 +5,9 @@
 
 A step with a non-finite loss or gradient, or with a mismatch past its ceiling, is refused: that update leaves the weights as they
 were, the batch is saved below the run folder and `StepRefused` says where and why.
+
+Over several ranks (ranks.py) every rank calls the same methods with the same arguments and trains its own micro-batches; all of them
+come to the same decision, so that they refuse or update together. What is returned is rank 0's.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from winnow.rl.config import Config
 from winnow.rl.losses import LossInputs, compute_loss
 from winnow.rl.metrics import Tally, mismatch_metrics
 from winnow.rl.optimizer import Optimizer, non_finite_gradients
+from winnow.rl.ranks import Ranks, whole
 from winnow.rl.teachers import Teachers
 from winnow.rollout import weights
 from winnow.rollout.schema import Trajectory
@@ -59,8 +63,8 @@ class StepReport:
 class Learner:
     """Call `load` (or `resume`) first; `load` again, with another config if wanted, to reuse the process for another run."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
 
     # ------------------------------------------------------------------------------------------------------------- load and save
 
@@ -88,6 +92,7 @@ class Learner:
                 f"{path} is a dense model, but the config has indexer.train={config.indexer.train} and indexer.selection="
                 f"{config.indexer.selection}, which need an indexer: run `winnow convert` first, or set frozen and own"
             )
+        self.ranks.shard(self.model, attach.indexer_parameters(self.model).values())
         base, indexer = attach.base_parameters(self.model).values(), attach.indexer_parameters(self.model).values()
         self.optimizer = Optimizer(base, indexer, config.learner, config.indexer)
         self.reference = None
@@ -95,15 +100,19 @@ class Learner:
         if config.reference_path:
             self.reference = model_folders.load(config.reference_path, dtype=config.model.dtype, device=self.device)
             self.reference.requires_grad_(False)
+            self.ranks.shard(self.reference, attach.indexer_parameters(self.reference).values())
         counts = {"parameters": sum(p.numel() for p in base), "indexer_parameters": sum(p.numel() for p in indexer)}
         return {**counts, "top_k": self.top_k}
 
     def save(self, folder: str | Path, state: bool = True) -> None:
         """Writes the model (a folder `from_pretrained` opens) and, with `state`, what an exact resume needs."""
         folder = Path(folder)
-        model_folders.save(self.model, self.tokenizer, folder)
-        if state:
-            torch.save({"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}, folder / STATE_FILE)
+        tensors = self._tensors()
+        optimizer = self.optimizer.state_dict() if state else None
+        if self.ranks.rank == 0:
+            model_folders.save(self.model, self.tokenizer, folder, None if self.ranks.world == 1 else tensors)
+            if state:
+                torch.save({"optimizer": optimizer, "rng": torch.get_rng_state()}, folder / STATE_FILE)
 
     def resume(self, folder: str | Path, config: Config | None = None) -> dict[str, Any]:
         """Loads a checkpoint with its optimizer and random state: the next step is bit for bit that of the uninterrupted run."""
@@ -114,8 +123,22 @@ class Learner:
         return info
 
     def weights(self, version: int) -> weights.WeightUpdate:
-        """Every weight of the model, with checksums, for the rollout's engines."""
-        return weights.pack(self.model.state_dict(), version)
+        """Every weight of the model, with checksums, for the rollout's engines. Ranks but the first return an empty update."""
+        return weights.pack(self._tensors(), version)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The model's weights by name. Over ranks they are gathered one by one, tied ones once, to the first rank's main memory."""
+        if self.ranks.world == 1:
+            return self.model.state_dict()
+        gathered, seen = {}, set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if tensor in seen:
+                continue
+            seen.add(tensor)
+            full = whole(tensor)
+            if self.ranks.rank == 0:
+                gathered[name] = full.cpu()
+        return gathered
 
     # --------------------------------------------------------------------------------------------------------------------- train
 
@@ -126,12 +149,17 @@ class Learner:
         old = self._old_logprobs(batch)
         for number, update in enumerate(batch.updates):
             self.optimizer.zero_grad()
-            finite = self._accumulate(batch, number, update, old, tally, drift)
+            fault = self._accumulate(batch, number, update, old, tally, drift)
+            self.ranks.sum_gradients(self.optimizer.indexer if update.micro_batches else ())
+            faults = [found for found in self.ranks.gather(fault) if found is not None]
+            if faults:
+                self._refuse(batch, faults[0][0], number, faults[0][1])
             if number == 0:
-                extra = drift.metrics()
-                self._check_parity(batch, {**_STILL, **tally.result(), **extra})
-            if finite and update.micro_batches:
+                extra = _Drift.joined(self.ranks.gather(drift)).metrics()
+                self._check_parity(batch, {**_STILL, **self._merged(tally).result(), **extra})
+            if any(p.grad is not None for p in (*self.optimizer.base, *self.optimizer.indexer)):
                 extra |= self._apply(batch, number)
+        tally = self._merged(tally)
         tally.sums = {
             name: value / len(batch.updates) for name, value in tally.sums.items()
         }  # losses: the mean over updates
@@ -141,7 +169,17 @@ class Learner:
     def sft_step(self, examples: Sequence[Any], step: int = 0) -> StepReport:
         """One cross-entropy update on examples: (tokens, loss_mask) pairs, or objects with these two fields."""
         pairs = [e if isinstance(e, tuple) else (e.tokens, e.loss_mask) for e in examples]
-        return self.step(make_sft_batch(pairs, step=step, micro_tokens=self.config.learner.micro_tokens))
+        budget = self.config.learner.micro_tokens
+        return self.step(make_sft_batch(pairs, step=step, micro_tokens=budget, ranks=self.ranks.world))
+
+    def _merged(self, tally: Tally) -> Tally:
+        """The counts of all ranks."""
+        if self.ranks.world == 1:
+            return tally
+        merged = Tally()
+        for other in self.ranks.gather(tally.floats()):
+            merged.merge(other)
+        return merged
 
     def distill_step(
         self, trajectories: Sequence[Trajectory], teachers: Mapping[str, str], step: int = 0
@@ -151,7 +189,8 @@ class Learner:
             self.teachers = Teachers(teachers, self.config.model.dtype, self.device)
         scores = self.teachers.logprobs(trajectories, self.config.learner.micro_tokens, self._selector)
         pairs = zip(trajectories, scores, strict=True)
-        return self.step(make_distillation_batch(pairs, step=step, micro_tokens=self.config.learner.micro_tokens))
+        budget = self.config.learner.micro_tokens
+        return self.step(make_distillation_batch(pairs, step=step, micro_tokens=budget, ranks=self.ranks.world))
 
     @torch.no_grad()
     def logprobs(self, trajectories: Sequence[Trajectory], replay: bool = False) -> list[np.ndarray]:
@@ -166,9 +205,11 @@ class Learner:
 
     def _accumulate(
         self, batch: TrainBatch, number: int, update: Update, old: Mapping[int, Tensor], tally: Tally, drift: _Drift
-    ) -> bool:
-        """Adds the gradients of every micro-batch of one update; True when there was anything to add."""
-        for index, micro in enumerate(update.micro_batches):
+    ) -> tuple[str, str] | None:
+        """Adds the gradients of this rank's micro-batches of one update. Returns the first loss that is not finite: what, and where."""
+        fault: tuple[str, str] | None = None
+        for index, counts in self.ranks.deal(update.micro_batches):
+            micro = update.micro_batches[index]
             kl = IndexerLoss() if self.config.indexer.train == "kl" else None
             recorded = self._recorded(micro)
             replay = recorded if self.config.indexer.selection == "replay" else None
@@ -181,24 +222,29 @@ class Learner:
                 loss = output.loss
                 if kl is not None and kl.kl:
                     share = kl.sum() / (update.num_inputs * len(kl.kl))
-                    tally.sum("loss/indexer_kl", share.detach())
+                    output.metrics.sum("loss/indexer_kl", share.detach())
                     loss = loss + share
                 if not torch.isfinite(loss):
-                    self._refuse(batch, f"the loss is {loss.item()}", number, index, micro, inputs.logprobs)
+                    fault = fault or (f"the loss is {loss.item()}", _where(index, micro, inputs.logprobs))
+                    if self.ranks.world == 1:
+                        break
                 if loss.requires_grad:
-                    loss.backward()
+                    (loss if counts else loss * 0.0).backward()
+            if not counts:
+                continue
             tally.merge(output.metrics)
             if number == 0 and (update.denominators.sequences or update.denominators.kl_tokens):
                 drift.add(inputs.logprobs.detach(), micro.rollout_logprobs)
             if number == 0:
                 self._tally_index(micro, result.selections, recorded, replay is not None, tally)
-        return any(p.grad is not None for p in (*self.optimizer.base, *self.optimizer.indexer))
+        return fault
 
     def _apply(self, batch: TrainBatch, number: int) -> dict[str, float]:
         """Clips and steps, unless a gradient is not finite. Returns the norms."""
         norms = {name: float(norm) for name, norm in self.optimizer.clip().items()}
         if not all(np.isfinite(norm) for norm in norms.values()):
-            bad = non_finite_gradients(self.model.named_parameters())
+            found = self.ranks.gather(non_finite_gradients(self.model.named_parameters()))
+            bad = sorted({name for of_rank in found for name in of_rank})
             self._refuse(
                 batch, f"the gradient is not finite (norms {norms}; first of {len(bad)} tensors: {bad[:1]})", number
             )
@@ -215,13 +261,14 @@ class Learner:
         if old is None:  # one update per batch: the policy before it is the present one
             old = result.logprobs.detach() if self.config.algorithm.recompute_old else rollout
         ref = None
-        if self.reference is not None and (micro.betas > 0).any():
+        if self.reference is not None and (self.ranks.world > 1 or (micro.betas > 0).any()):  # ranks stay in step
             with torch.no_grad(), scoring.scored(self.reference, micro, selector=self._selector) as frozen:
                 ref = frozen.logprobs
         lengths = np.bincount(micro.sequence_ids, minlength=len(micro.keys)).astype(np.float32)
         teacher = None if micro.teacher_logprobs is None else tensor(micro.teacher_logprobs)
         return LossInputs(
             logprobs=result.logprobs,
+            domains=micro.domains,
             entropy=result.entropy,
             old_logprobs=old,
             rollout_logprobs=rollout,
@@ -242,7 +289,7 @@ class Learner:
         if not self.config.algorithm.recompute_old or len(batch.updates) < 2:
             return {}
         old = {}
-        for micro in (micro for update in batch.updates for micro in update.micro_batches):
+        for micro in (u.micro_batches[i] for u in batch.updates for i, _ in self.ranks.deal(u.micro_batches)):
             replay = self._recorded(micro) if self.config.indexer.selection == "replay" else None
             with scoring.scored(self.model, micro, replay=replay, selector=self._selector) as result:
                 old[id(micro)] = result.logprobs
@@ -310,29 +357,23 @@ class Learner:
                 0,
             )
 
-    def _refuse(
-        self,
-        batch: TrainBatch,
-        why: str,
-        update: int,
-        index: int | None = None,
-        micro: MicroBatch | None = None,
-        values: Tensor | None = None,
-    ) -> None:
-        """Drops the gradients, saves the batch and raises StepRefused."""
+    def _refuse(self, batch: TrainBatch, why: str, update: int, place: str = "") -> None:
+        """Drops the gradients, saves the batch (the first rank does) and raises StepRefused."""
         self.optimizer.zero_grad()
         folder = self.config.folder / "refused"
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{batch.step:06d}.pkl"
-        path.write_bytes(pickle.dumps(batch))
-        where = f"step {batch.step}, update {update + 1} of {len(batch.updates)}"
-        if micro is not None and values is not None:
-            bad = (~torch.isfinite(values.detach())).cpu().numpy()
-            keys = [micro.keys[i] for i in sorted(set(micro.sequence_ids[bad]))] or list(micro.keys)
-            where += (
-                f", micro-batch {(index or 0) + 1}, sequences {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
-            )
+        if self.ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pickle.dumps(batch))
+        where = f"step {batch.step}, update {update + 1} of {len(batch.updates)}{place}"
         raise StepRefused(f"{where}: {why}. The update was not made; the batch is in {path}")
+
+
+def _where(index: int, micro: MicroBatch, values: Tensor) -> str:
+    """Which sequences of a micro-batch have a value that is not finite."""
+    bad = (~torch.isfinite(values.detach())).cpu().numpy()
+    keys = [micro.keys[i] for i in sorted(set(micro.sequence_ids[bad]))] or list(micro.keys)
+    return f", micro-batch {index + 1}, sequences {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
 
 
 # What a step without anything to train reports, so that every line of metrics.jsonl has the same names.
@@ -357,6 +398,10 @@ class _Drift:
     def add(self, learner: Tensor, rollout: np.ndarray) -> None:
         self.learner.append(learner.float().cpu().numpy())
         self.rollout.append(rollout)
+
+    @classmethod
+    def joined(cls, ranks: Sequence[_Drift]) -> _Drift:
+        return cls([a for part in ranks for a in part.learner], [a for part in ranks for a in part.rollout])
 
     def metrics(self) -> dict[str, float]:
         empty = [np.zeros(0, np.float32)]

@@ -43,6 +43,7 @@ class LossInputs:
     advantages: Tensor  # [n]
     weights: Tensor  # [n] the sequence's factor from balancing domains; 0: not an RL sequence
     betas: Tensor  # [n] strength of the KL to the reference
+    domains: tuple[str, ...] = ()  # [n] metric only
     entropy: Tensor | None = None  # [N] metric only
     ref_logprobs: Tensor | None = None  # [N]
     ce_weights: Tensor | None = None  # [N] weight of each SFT token
@@ -102,6 +103,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, denominators: Denom
     pulled = (inputs.betas[seq] > 0).float()
     tally.sum("loss/kl", penalty.detach())
     tally.add("kl/reference", (kl.detach() * pulled).sum(), pulled.sum())
+    for name, inside in _by_domain(inputs).items():
+        tally.add(f"kl/reference/{name}", (kl.detach() * pulled * inside).sum(), (pulled * inside).sum())
     return policy + penalty
 
 
@@ -196,6 +199,15 @@ def _sequence_means(values: Tensor, inputs: LossInputs) -> Tensor:
     return sums / inputs.lengths.clamp(min=1)
 
 
+def _by_domain(inputs: LossInputs) -> dict[str, Tensor]:
+    """1 for each domain's tokens, else 0: fp32 [N]."""
+    found = {}
+    for name in sorted(set(inputs.domains)):
+        members = [float(domain == name) for domain in inputs.domains]
+        found[name] = inputs.weights.new_tensor(members)[inputs.sequence_ids]
+    return found
+
+
 def _tally_policy(inputs: LossInputs, clipped: Tensor, policy: Tensor, tally: Tally) -> None:
     count = len(inputs.logprobs)
     with torch.no_grad():
@@ -207,3 +219,7 @@ def _tally_policy(inputs: LossInputs, clipped: Tensor, policy: Tensor, tally: Ta
             tally.peak("kl/rollout_old_max_abs", drift.abs().max())
         if inputs.entropy is not None:
             tally.add("entropy", inputs.entropy.detach().sum(), count)
+        for name, inside in _by_domain(inputs).items():
+            tally.add(f"kl/rollout_old/{name}", ((torch.expm1(drift) - drift) * inside).sum(), inside.sum())
+            if inputs.entropy is not None:
+                tally.add(f"entropy/{name}", (inputs.entropy.detach() * inside).sum(), inside.sum())

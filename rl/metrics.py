@@ -41,6 +41,14 @@ class Tally:
         for name, value in other.peaks.items():
             self.peak(name, value)
 
+    def floats(self) -> Tally:
+        """The same in plain numbers, to be sent."""
+        return Tally(
+            totals={name: (float(total), float(count)) for name, (total, count) in self.totals.items()},
+            sums={name: float(value) for name, value in self.sums.items()},
+            peaks={name: float(value) for name, value in self.peaks.items()},
+        )
+
     def result(self) -> dict[str, float]:
         """Everything as floats; a mean over nothing is 0."""
         means = {
@@ -111,5 +119,7 @@ def speed_metrics(times: Mapping[str, float], groups: Sequence[Group]) -> dict[s
     samples = sum(len(group.trajectories) for group in groups)
     metrics = {f"time/{stage}_s": seconds for stage, seconds in times.items()}
     metrics["tokens/rollout_per_s"] = tokens / max(times.get("rollout", 0.0), 1e-9)
+    # from step to step, whatever the schedule: waiting for rollouts, grading and pushing weights
+    metrics["learner/idle_share"] = 1.0 - times.get("learn", 0.0) / max(sum(times.values()), 1e-9)
     metrics["samples_per_s"] = samples / max(sum(times.values()), 1e-9)
     return metrics

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.rl.config import IndexerConfig, LearnerConfig
+from winnow.rl.ranks import own_part, split_like, whole
 
 
 class Optimizer:
@@ -58,7 +59,7 @@ class Optimizer:
         """Clips both sides to max_grad_norm and returns their norms before it, fp32 scalars: grad_norm, grad_norm/indexer."""
         norms = {"grad_norm": self.base, "grad_norm/indexer": self.indexer}
         return {
-            name: nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            name: whole(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
             for name, parameters in norms.items()
             if any(p.grad is not None for p in parameters)
         }
@@ -81,29 +82,44 @@ class Optimizer:
         return min(1.0, (self.num_updates + 1) / max(1, self.warmup_steps))
 
     def state_dict(self) -> dict[str, Any]:
+        """Whole tensors, whatever the number of ranks; each rank must ask."""
+        adamw = self._adamw.state_dict()
+        moments = {
+            number: {name: whole(value) for name, value in values.items()} for number, values in adamw["state"].items()
+        }
         return {
-            "adamw": self._adamw.state_dict(),
-            "masters": list(self._masters.values()),
+            "adamw": {**adamw, "state": moments},
+            "masters": [whole(master) for master in self._masters.values()],
             "num_updates": self.num_updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state belongs to other parameter groups."""
+        adamw = state["adamw"]
+        parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        if adamw["state"] and max(adamw["state"]) < len(parameters):
+            moments = {
+                number: {name: split_like(value, parameters[number]) for name, value in values.items()}
+                for number, values in adamw["state"].items()
+            }
+            adamw = {**adamw, "state": moments}
         try:
-            self._adamw.load_state_dict(state["adamw"])
+            self._adamw.load_state_dict(adamw)
         except ValueError as error:
             raise ValueError(
                 f"the optimizer state does not fit this model and config (indexer.train changed?): {error}"
             ) from None
         with torch.no_grad():
             for (parameter, master), saved in zip(self._masters.items(), state["masters"], strict=True):
-                master.copy_(saved)
-                parameter.copy_(saved)
+                master.copy_(split_like(saved, master))
+                parameter.copy_(master)
         self.num_updates = int(state["num_updates"])
 
 
 def non_finite_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Names of the parameters whose gradient holds NaN or infinity."""
     return [
-        name for name, parameter in named if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+        name
+        for name, parameter in named
+        if parameter.grad is not None and not torch.isfinite(own_part(parameter.grad)).all()
     ]

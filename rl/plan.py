@@ -36,7 +36,9 @@ def describe_plan(config: Config) -> str:
 
 def placement(config: Config) -> list[str]:
     """One line a process."""
-    names = ["learner", *(f"rollout worker {i}" for i in range(config.rollout.workers))]
+    ranks = config.learner.ranks
+    learners = ["learner"] if ranks == 1 else [f"learner rank {i}" for i in range(ranks)]
+    names = [*learners, *(f"rollout worker {i}" for i in range(config.rollout.workers))]
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
     where = "Ray started on this machine" if address == "local" else f"the Ray cluster at {address}"
     lines = [
@@ -59,13 +61,15 @@ def memory(config: Config) -> list[str]:
     learner = {"weights": weights, "gradients": weights, "AdamW": shape["parameters"] * 8, "activations": activations}
     if config.reference_path:
         learner["reference"] = weights
+    split = config.learner.ranks
+    learner = {part: amount if part == "activations" else amount / split for part, amount in learner.items()}
     tokens = config.rollout.num_pages * config.rollout.page_size
     cache = tokens * shape["layers"] * (2 * shape["kv_width"] * size + shape["index_width"] * 4)
     worker = {"weights": weights, f"cache of {tokens:,} tokens": cache}
     lines = [
         f"  {shape['parameters'] / 1e6:.1f} M parameters, {shape['layers']} layers, hidden {shape['hidden']} (an estimate, not a measurement)"
     ]
-    for name, parts in (("learner", learner), ("each rollout worker", worker)):
+    for name, parts in (("learner" if split == 1 else "each learner rank", learner), ("each rollout worker", worker)):
         total = " + ".join(f"{part} {amount / GIB:.2f}" for part, amount in parts.items())
         lines.append(f"  {name}: {sum(parts.values()) / GIB:.2f} GiB = {total}")
     return lines

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from winnow.rl.checkpoints import save_checkpoint
 from winnow.rl.config import Config, ConfigError, config_hash, to_yaml
 from winnow.rollout.schema import Failure, Group, Score, Trajectory
 
@@ -81,6 +82,13 @@ class Run:
     def keep(self, checkpoint: Path) -> None:
         """Notes that the present step has this checkpoint."""
         self.checkpoint, self.saved = checkpoint, self.step
+
+    def save(self, learner: Any) -> None:
+        """A checkpoint of the last finished step, unless there is one."""
+        if self.step and self.saved != self.step:
+            meta = {"config": config_hash(self.config), "seed": self.config.seed}
+            keep = self.config.schedule.keep
+            self.keep(save_checkpoint(self.checkpoints, self.step, learner.save, keep=keep, meta=meta))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds to the line of a step, which `flush` (or the next step, or the end) writes."""

@@ -7,7 +7,7 @@ no state to save or to lose, and a resumed run sees exactly the tasks that the u
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -34,19 +34,27 @@ class TaskSampler:
         for domain in self.config.domains:
             first = (step - 1) * domain.quota
             for draw in range(first, first + domain.quota):
-                task = self._draw(domain, draw)
-                sampling = make_sampling(self.config, domain, seed=_seed(self.config.seed, domain.name, draw))
-                made.append(
-                    Request(
-                        request_id=f"step-{step}/{domain.name}/{draw}",
-                        task=task,
-                        num_samples=self.config.rollout.samples,
-                        sampling=sampling,
-                        max_turns=domain.max_turns,
-                        max_total_tokens=domain.max_total_tokens,
-                    )
-                )
+                made.append(self._request(domain, self._draw(domain, draw), step, str(draw)))
         return made
+
+    def extra(self, step: int, number: int, name: str, count: int, seen: Collection[str]) -> list[Request]:
+        """At most `count` further requests of a domain for the step, round `number`, of tasks whose ids are not in `seen`."""
+        domain = next(domain for domain in self.config.domains if domain.name == name)
+        fresh = [task for task in self.tasks[name] if task.id not in seen]
+        key = [self.config.seed, zlib.crc32(name.encode()), step, number]  # a function of the step, as everything here
+        chosen = np.random.default_rng(key).permutation(len(fresh))[:count]
+        return [self._request(domain, fresh[int(i)], step, f"extra-{number}-{n}") for n, i in enumerate(chosen)]
+
+    def _request(self, domain: DomainConfig, task: Task, step: int, draw: str) -> Request:
+        key = draw if draw.isdigit() else f"{step}/{draw}"
+        return Request(
+            request_id=f"step-{step}/{domain.name}/{draw}",
+            task=task,
+            num_samples=self.config.rollout.samples,
+            sampling=make_sampling(self.config, domain, seed=_seed(self.config.seed, domain.name, key)),
+            max_turns=domain.max_turns,
+            max_total_tokens=domain.max_total_tokens,
+        )
 
     def _draw(self, domain: DomainConfig, draw: int) -> Task:
         tasks = self.tasks[domain.name]
@@ -87,6 +95,6 @@ def make_sampling(config: Config, domain: DomainConfig, seed: int) -> Sampling:
     )
 
 
-def _seed(seed: int, name: str, draw: int) -> int:
+def _seed(seed: int, name: str, draw: str) -> int:
     """A seed of its own for every request, the same in every run of the config."""
     return zlib.crc32(f"{seed}/{name}/{draw}".encode())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from winnow.kernels import ops
 from winnow.kernels.selection import Selection
-from winnow.models.context import ForwardContext, IndexerLoss, forward_context
+from winnow.models.context import ForwardContext, IndexerLoss, current_context, forward_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.batching import MicroBatch
 from winnow.rollout import records
@@ -57,13 +58,19 @@ def scored(
         indexer_loss=indexer_loss,
     )
     with forward_context(context):
-        hidden = hidden_states(model, torch.as_tensor(micro.tokens, device=device).long(), context)  # [T, C]
-        trained = hidden[torch.as_tensor(micro.rows, device=device)]  # [N, C]
-        targets = torch.as_tensor(micro.targets, device=device)
-        logprobs, entropy = ops.token_logprobs(
-            trained, lm_head_weight(model), targets, micro.temperature, micro.kept_sets
-        )
+        run = getattr(model, "score_rows", None) or partial(score_rows, model)  # a model over ranks has its own
+        logprobs, entropy = run(micro)
         yield Scored(logprobs=logprobs, entropy=entropy, selections=context.selection_out or {})
+
+
+def score_rows(model: nn.Module, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy at the trained rows, in the open context: fp32 [N] both."""
+    context = current_context()
+    device = context.positions.device
+    hidden = hidden_states(model, torch.as_tensor(micro.tokens, device=device).long(), context)  # [T, C]
+    trained = hidden[torch.as_tensor(micro.rows, device=device)]  # [N, C]
+    targets = torch.as_tensor(micro.targets, device=device)
+    return ops.token_logprobs(trained, lm_head_weight(model), targets, micro.temperature, micro.kept_sets)
 
 
 def recorded_selections(micro: MicroBatch, device: torch.device | str = "cpu") -> dict[int, Selection] | None:

@@ -1,12 +1,12 @@
 """The driver: one RL run, a specialist or the mixed stage, which differ only in their config.
 
-    TaskSampler.requests(step) ──> Pool.generate ──> groups ── grade ──> scored groups ── compute_advantages ──> samples
+    TaskSampler.requests(step) ──> Rollouts.take ──> groups ── grade ──> scored groups ── compute_advantages ──> samples
             ^                           ^                                                                           |
             |                           | push_weights(version = step)                                         make_batch
             |                           |                                                                           v
         next step <── log, evaluate, save <── StepReport <───────────────── Learner.step <──────────────────── TrainBatch
 
-generate waits for the weights of the step before (on-policy: staleness 0); the learner waits for every group of its batch; nobody waits
+The schedule says how far rollouts run ahead (schedule.py; sync: not at all). The learner waits for every group of its batch; nobody waits
 without a bound. Ctrl-C stops a rollout at once and an update after it; the run is saved either way, and `resume=true` continues it.
 """
 
@@ -19,15 +19,17 @@ from typing import Any
 from winnow.rewards.contract import check_failures
 from winnow.rl.advantages import compute_advantages
 from winnow.rl.batching import make_batch
-from winnow.rl.checkpoints import latest_checkpoint, read_checkpoint, save_checkpoint
+from winnow.rl.checkpoints import latest_checkpoint, read_checkpoint
 from winnow.rl.cluster import Cluster, connect
-from winnow.rl.config import Config, config_hash
+from winnow.rl.config import Config
+from winnow.rl.dynamic import refill
 from winnow.rl.grading import grade_groups, held_out_metrics, prepared_tasks
 from winnow.rl.holdout import holdout_metrics
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.metrics import group_metrics, speed_metrics
 from winnow.rl.run import Run, Stopwatch
 from winnow.rl.sampler import TaskSampler
+from winnow.rl.schedule import Rollouts
 from winnow.rollout.schema import Group
 
 
@@ -46,54 +48,52 @@ def train(config: Config, cluster: Cluster | None = None, progress: Callable[[st
             if config.schedule.eval_every and run.step == 0:  # what the run starts from
                 run.log(0, holdout_metrics(config, cluster.pool.generate, 0))
                 progress(run.flush())
+            rollouts = Rollouts(cluster.pool, sampler.requests, config.schedule)
             for step in range(run.step + 1, config.schedule.steps + 1):
                 watch = Stopwatch()
                 with watch("rollout"):
-                    groups = cluster.generate(sampler.requests(step))
+                    groups = rollouts.take(step)
                 with interrupts.held():
-                    run.log(step, learn(config, cluster, step, groups, watch, run))
+                    run.log(step, learn(config, cluster, sampler, step, groups, watch, run))
                     run.step = step
                 if config.schedule.eval_every and step % config.schedule.eval_every == 0:
                     run.log(step, holdout_metrics(config, cluster.pool.generate, step))
                 progress(run.flush())
                 if config.schedule.save_every and step % config.schedule.save_every == 0:
                     with interrupts.held():
-                        save(config, cluster, run)
+                        run.save(cluster.learner)
         except KeyboardInterrupt:
             run.status = "interrupted"
             progress(f"interrupted after step {run.step}: saving; resume=true continues")
-        save(config, cluster, run)
+        run.save(cluster.learner)
     return run.result
 
 
 def learn(
-    config: Config, cluster: Cluster, step: int, groups: list[Group], watch: Stopwatch, run: Run
+    config: Config, cluster: Cluster, sampler: TaskSampler, step: int, groups: list[Group], watch: Stopwatch, run: Run
 ) -> dict[str, float]:
     """From ungraded groups to new weights in the pool: the step's metrics."""
     with watch("reward"):
         groups = grade_groups(config, groups, cluster.pool)
+        groups, dynamic = refill(
+            config, sampler, step, groups, lambda more: grade_groups(config, cluster.generate(more), cluster.pool)
+        )
         run.save_samples(step, groups)
         check_failures(groups, config.algorithm.max_failures)
     with watch("learn"):
         advantages = compute_advantages(groups, config.algorithm, config.domains)
         batch = make_batch(
             advantages.samples, step=step, micro_tokens=config.learner.micro_tokens, updates=config.learner.updates_per_batch,
-            keep_idle=config.indexer.train == "kl", kept_sets=config.algorithm.keep_kept_sets,
+            keep_idle=config.indexer.train == "kl", kept_sets=config.algorithm.keep_kept_sets, ranks=config.learner.ranks,
         )  # fmt: skip
         report = cluster.learner.step(batch)
     with watch("sync"):
         cluster.pool.push_weights(cluster.learner.weights(step), step)
     return {
         **group_metrics(groups, step - 1),
+        **dynamic,
         **advantages.metrics,
         **held_out_metrics(config, groups),
         **report.metrics,
         **speed_metrics(watch.times, groups),
     }
-
-
-def save(config: Config, cluster: Cluster, run: Run) -> None:
-    """A checkpoint of the last finished step, unless there is one."""
-    if run.step and run.saved != run.step:
-        meta = {"config": config_hash(config), "seed": config.seed}
-        run.keep(save_checkpoint(run.checkpoints, run.step, cluster.learner.save, keep=config.schedule.keep, meta=meta))

@@ -110,3 +110,20 @@ def test_ungraded_groups_and_unknown_domains_are_errors() -> None:
         advantages_of([Group(request=group.request, trajectories=group.trajectories)])
     with pytest.raises(ValueError, match="domain 'law'"):
         advantages_of([make_group("a", [1, 0], "law")])
+
+
+def test_parts_are_normalised_in_their_group_before_they_are_weighed() -> None:
+    # right 1, 0, 1, 0 has std 1/2; short 10, 10, 0, 0 has std 5: each becomes +-1, then 1 and 0.5 weigh them
+    group = make_group("a", [11, 10, 1, 0])
+    scores = tuple(
+        Score(value=right + short, parts={"right": right, "short": short})
+        for right, short in ((1.0, 10.0), (0.0, 10.0), (1.0, 0.0), (0.0, 0.0))
+    )
+    group = Group(request=group.request, trajectories=group.trajectories, scores=scores)
+    domains = [DomainConfig(name="math", source="x", parts={"right": 1.0, "short": 0.5})]
+    result = compute_advantages([group], AlgorithmConfig(), domains)
+    assert [sample.advantage for sample in result.samples] == pytest.approx([1.5, -0.5, 0.5, -1.5])
+    plain = [s.advantage for s in compute_advantages([group], AlgorithmConfig(), DOMAINS).samples]
+    assert plain[1] > plain[2]  # added first, the large part decides
+    with pytest.raises(ValueError, match="weighs part 'kind', but a score has"):
+        compute_advantages([group], AlgorithmConfig(), [DomainConfig(name="math", source="x", parts={"kind": 1.0})])

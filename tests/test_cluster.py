@@ -50,6 +50,32 @@ def test_bundles_follow_the_config(tmp_path: Path) -> None:
     assert clusters.bundles(config) == [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("cluster.learner_gpus=1", "learner.ranks=2", "cluster.worker_gpus=0.5"),
+            "asks for 2.5 GPUs (2 learner ranks x 1",
+        ),
+        (("cluster.strategy=STRICT_SPREAD", "rollout.workers=2"), "set it to PACK"),
+    ],
+)
+def test_an_impossible_placement_is_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str
+) -> None:
+    import ray
+
+    monkeypatch.setattr(clusters, "count_gpus", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
+    with pytest.raises(clusters.ConfigError) as error, clusters.connect(config_for(tmp_path, *overrides)):
+        pass
+    assert message in str(error.value)
+    clusters.check_placement(config_for(tmp_path, "cluster.learner_gpus=1", "cluster.worker_gpus=1"))  # fits
+    joined = config_for(tmp_path, "cluster.learner_gpus=64", "cluster.address=auto")
+    clusters.check_placement(joined)  # for the cluster to say
+
+
 @pytest.mark.slow
 def test_an_actor_learner_trains_and_everything_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
@@ -84,6 +110,34 @@ def test_an_actor_learner_trains_and_everything_ends(tmp_path: Path, monkeypatch
             cluster.learner.load()
     assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 1 and not ray.is_initialized()
     too_much = config_for(tmp_path, "cluster.learner_gpus=64", "cluster.start_timeout_s=2")
+    monkeypatch.setattr(clusters, "check_placement", lambda config: None)  # as in a cluster that was joined
     with pytest.raises(TimeoutError, match=r"did not offer .*'GPU': 64.0"), clusters.connect(too_much):
         pass
     assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_a_killed_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )  # fmt: skip
+    save(LlamaForCausalLM(shape), None, tmp_path / "m")
+    pool = SilentPool()
+    monkeypatch.setattr(clusters, "make_pool", lambda config, options: pool)
+    tokens = np.arange(20)
+    config = config_for(tmp_path, "learner.ranks=2", "learner.lr=1e-2")
+    with clusters.connect(config) as cluster:
+        cluster.start(config)
+        assert pool.pushed[0][0] == 0 and pool.pushed[0][1] > 5
+        learner: Any = cluster.learner
+        losses = [learner.sft_step([(tokens, tokens > 5)] * 3, step).metrics["loss/ce"] for step in (1, 2, 3)]
+        assert losses[-1] < losses[0]
+        learner.save(tmp_path / "saved")
+        ray.kill(learner.actors[1])
+        with pytest.raises(RuntimeError, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"):
+            learner.sft_step([(tokens, tokens > 5)] * 3, 4)
+    assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 1 and not ray.is_initialized()

@@ -25,6 +25,11 @@ MISTAKES = {
     "learner.betas=[0.9,1.0]": "must be in [0, 1)",
     "learner=null": "learner is None, but it must be a section",
     "learner.updates_per_batch=17": "lower it or raise a quota",
+    "learner.updates_per_batch=3": "cannot be divided by it",
+    "learner.ranks=129": "a step has only 128 samples",
+    "schedule.kind=asynch": "did you mean async?",
+    "schedule.max_staleness=0": "must be >= 1",
+    "domains.0.parts={right: much}": "a mapping of names to numbers",
     "rollout.record_indices=maybe": "true or false",
     "rollout.samples=1": "rollout.samples is 1, but it must be >= 2",
     "rollout.samples=2.5": "a whole number >= 2",
@@ -63,6 +68,7 @@ def test_every_mistake_is_explained(override: str) -> None:
     [
         (["indexer.selection=replay", "rollout.engine=vllm"], "does not record its index sets"),
         (["indexer.selection=replay", "rollout.record_indices=false"], "rollout.record_indices is false"),
+        (["schedule.kind=async", "algorithm.recompute_old=true"], "nothing corrects for samples"),
         (["domains.math.beta=0.1", "model.reference=null"], "domains ['math'] have beta > 0"),
     ],
 )

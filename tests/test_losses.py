@@ -167,3 +167,31 @@ def test_any_split_of_the_sequences_gives_the_same_loss_and_gradient(name: str, 
         split += loss.item()
     assert split == pytest.approx(total.loss.item(), abs=1e-6)
     torch.testing.assert_close(leaf.grad, whole.logprobs.grad)
+
+
+def test_kl_and_entropy_are_told_apart_by_domain() -> None:
+    ref = torch.tensor(OLD) + torch.tensor([0.5, 0.5, 0.25])
+    rollout = [value - 0.1 for value in OLD[:2]] + OLD[2:]
+    given = inputs(
+        [1.0] * 3, rollout, ref_logprobs=ref, betas=torch.tensor([0.1, 0.2]), entropy=torch.tensor([1.0, 3.0, 5.0]),
+        domains=("math", "chat"),
+    )  # fmt: skip
+    found = run(given).metrics.result()
+    k3 = {value: math.exp(value) - value - 1 for value in (0.5, 0.25, 0.1)}
+    assert found["kl/reference/math"] == pytest.approx(math.exp(0.1) * k3[0.5], rel=1e-4)  # r = exp(0.1) there
+    assert found["kl/reference/chat"] == pytest.approx(k3[0.25], rel=1e-4)
+    assert found["kl/rollout_old/math"] == pytest.approx(k3[0.1], rel=1e-3) and found["kl/rollout_old/chat"] == 0
+    assert (found["entropy/math"], found["entropy/chat"], found["entropy"]) == (2.0, 5.0, 3.0)
+
+
+def test_dr_grpo_and_dapo_are_the_same_loss_with_other_settings() -> None:
+    """Advantages as given; r = 1.1, 1.5, 0.5. GRPO clips 0.2/0.2, DAPO 0.2/0.28; both Dr.GRPO and DAPO weigh tokens alike."""
+    ratios = [1.1, 1.5, 0.5]
+    grpo = run(inputs(ratios), aggregate="sequence", eps_high=0.2).loss.item()
+    assert grpo == pytest.approx(-((1.1 + 1.2) / 2 - 1.6) / 2, abs=1e-6)
+    assert run(inputs(ratios), aggregate="token", eps_high=0.28).loss.item() == pytest.approx(
+        -(1.1 + 1.28 - 1.6) / 3, abs=1e-6
+    )
+    assert run(inputs(ratios), aggregate="token", eps_high=0.2).loss.item() == pytest.approx(
+        -(1.1 + 1.2 - 1.6) / 3, abs=1e-6
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
+import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, save
 from winnow.rl import train as driver
-from winnow.rl.checkpoints import read_checkpoint
+from winnow.rl.checkpoints import list_checkpoints, read_checkpoint
 from winnow.rl.cluster import Cluster
 from winnow.rl.config import Config, ConfigError, load_config, make_config
 from winnow.rl.interrupts import Interrupts
@@ -171,24 +173,77 @@ def test_a_run_leaves_its_whole_folder(make: Callable[..., Any]) -> None:
     assert attach.is_converted(load(checkpoint.path))
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(make: Callable[..., Any]) -> None:
-    config, cluster, _ = make("name=straight")
-    straight = train(config, cluster, lambda text: None)
-    config, cluster, _ = make("name=parts", "schedule.steps=2")
-    train(config, cluster, lambda text: None)
-    config, cluster, pool = make("name=parts", "resume=true")
-    parts = train(config, cluster, lambda text: None)
-    assert pool.versions == [2, 3, 4] and parts["step"] == 4
-    a, b = (load(result["checkpoint"]).state_dict() for result in (straight, parts))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    timeless = [
-        [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "tokens/rollout", "samples_per_s"))}
-            for row in lines(c)
-        ]
-        for c in (make("name=straight", "resume=true")[0], config)
-    ]
-    assert timeless[0] == timeless[1]
+def timeless(config: Config) -> list[dict[str, Any]]:
+    """The run's metrics without those of a clock."""
+    clocks = ("time/", "tokens/rollout", "samples_per_s", "learner/idle")
+    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in lines(config)]
+
+
+def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one(make: Callable[..., Any]) -> None:
+    """Six steps are an epoch and a half (12 tasks, 3 a step): the stops lie in its middle, at its end and beyond it."""
+    options = ("schedule.steps=6", "schedule.save_every=1", "schedule.keep=6", "algorithm.dynamic_rounds=1")
+    config, cluster, _ = make("name=straight", *options)
+    straight = load(train(config, cluster, lambda text: None)["checkpoint"]).state_dict()
+    whole = timeless(config)
+    assert any(row["dynamic/extra_prompts"] for row in whole)
+    state = (config.folder / "checkpoints" / "step-000006" / "learner.pt").read_bytes()
+    for stop in range(1, 6):
+        again = make(f"name=from-{stop}", "resume=true", *options)[0]
+        again.folder.mkdir(parents=True)
+        shutil.copytree(
+            config.folder / "checkpoints" / f"step-{stop:06d}", again.folder / "checkpoints" / f"step-{stop:06d}"
+        )
+        rows = (config.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (again.folder / "metrics.jsonl").write_text(
+            "".join(rows[: stop + 1])
+        )  # one more than was saved: it is made again
+        _, cluster, pool = make(f"name=from-{stop}", "resume=true", *options)
+        result = train(again, cluster, lambda text: None)
+        assert pool.versions == list(range(stop, 7)) and result["step"] == 6
+        tensors = load(result["checkpoint"]).state_dict()
+        assert all(torch.equal(straight[name], tensors[name]) for name in straight), stop
+        assert timeless(again) == whole, stop
+        assert (Path(result["checkpoint"]) / "learner.pt").read_bytes() == state, stop
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, cluster, _ = make("schedule.save_every=1")
+    real, calls = torch.save, []
+
+    def save_until_full(value: Any, path: Any, *rest: Any, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(value, path, *rest, **options)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    with pytest.raises(OSError, match="No space left"):
+        train(config, cluster, lambda text: None)
+    folder = config.folder / "checkpoints"
+    assert [path.name for path in list_checkpoints(folder)] == ["step-000001", "step-000002"]
+    assert read_checkpoint(folder / "step-000002").step == 2
+    assert json.loads((config.folder / "result.json").read_text())["status"] == "failed"
+    config, cluster, pool = make("schedule.save_every=1", "resume=true")
+    assert train(config, cluster, lambda text: None)["step"] == 4 and pool.versions[0] == 2
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("one_step_off", 1), ("async", 3)])
+def test_a_run_ahead_of_the_learner_trains_and_reports_its_staleness(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str, bound: int
+) -> None:
+    config, cluster, pool = make(f"schedule.kind={kind}", "schedule.max_staleness=3", "schedule.steps=6")
+    lazily = pool.generate
+    monkeypatch.setattr(
+        pool, "generate", lambda requests: iter(list(lazily(requests)))
+    )  # drawn when they are asked for
+    assert train(config, cluster, lambda text: None)["step"] == 6
+    rows = lines(config)
+    assert [row["staleness/max"] for row in rows] == [min(step, bound) for step in range(6)]
+    assert rows[0]["mismatch/max_abs"] < 1e-4 < rows[-1]["mismatch/max_abs"]  # the learner has moved on since
+    assert all(0 <= row["learner/idle_share"] <= 1 for row in rows)
 
 
 def test_ctrl_c_in_a_rollout_saves_and_resume_goes_on(make: Callable[..., Any]) -> None:

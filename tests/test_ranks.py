@@ -1,0 +1,216 @@
+"""The learner over gloo ranks: any split gives the same loss, gradients and update; faults and checkpoints are the whole run's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from winnow.models import attach
+from winnow.models.indexer import IndexerConfig
+from winnow.models.load import load, save
+from winnow.rl.advantages import Sample
+from winnow.rl.batching import make_batch
+from winnow.rl.config import make_config
+from winnow.rl.learner import Learner, StepRefused
+from winnow.rl.ranks import Ranks, free_address, join_ranks, whole
+from winnow.rollout.schema import Trajectory
+from winnow.rollout.weights import unpack
+
+VOCAB, LR = 48, 0.1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = attach.attach(LlamaForCausalLM(shape), IndexerConfig(top_k=6, num_heads=2, head_dim=8, rope_dim=4))
+    return save(model, None, tmp_path_factory.mktemp("ranks") / "tiny")
+
+
+def samples_of(poison: int = -1) -> list[Sample]:
+    """Five sequences of unequal lengths, domains and advantages; sample `poison` has a NaN."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number, length in enumerate((40, 23, 9, 31, 14)):
+        mask = np.arange(length) >= 4
+        logprobs = np.where(mask, -3.9, 0).astype(np.float32)
+        if number == poison:
+            logprobs[-1] = np.nan
+        trajectory = Trajectory(
+            request_id=f"r{number}", sample=0, task_id="t", domain="d", tokens=rng.integers(0, VOCAB, length).astype(np.int32),
+            loss_mask=mask, rollout_logprobs=logprobs, policy_versions=np.where(mask, 0, -1).astype(np.int32), finish_reason="stop",
+            messages=(),
+        )  # fmt: skip
+        made.append(Sample(trajectory=trajectory, group=number, advantage=number - 1.7, beta=0.1))
+    return made
+
+
+def config_of(folder: Path, runs: Path) -> Any:
+    return make_config(
+        {
+            "runs_dir": str(runs), "model": {"path": str(folder)}, "domains": [{"name": "d", "source": "x", "beta": 0.1}],
+            "learner": {"lr": 1e-3, "max_grad_norm": 0.5}, "indexer": {"train": "kl"}, "algorithm": {"max_mismatch": 100},
+        }
+    )  # fmt: skip
+
+
+def learned(ranks: Ranks, folder: str, runs: str, micro_tokens: int) -> dict[str, Any]:
+    """One step with plain SGD in the optimizer's place: metrics, whole gradients after clipping and whole weights after the update."""
+    learner = Learner(config_of(Path(folder), Path(runs)), ranks)
+    learner.load()
+    gradients: dict[str, torch.Tensor] = {}
+
+    def descend() -> None:
+        for name, parameter in learner.model.named_parameters():
+            assert parameter.grad is not None, name
+            gradients[name] = whole(parameter.grad).clone()
+            with torch.no_grad():
+                parameter.sub_(LR * parameter.grad)
+        learner.optimizer.zero_grad()
+
+    learner.optimizer.step = descend  # type: ignore[method-assign]
+    metrics = learner.step(make_batch(samples_of(), step=1, micro_tokens=micro_tokens, ranks=ranks.world)).metrics
+    held = sum(
+        p.numel() if not hasattr(p, "to_local") else p.to_local().numel() for p in learner.model.parameters()
+    )  # what this rank keeps between steps
+    update = learner.weights(3)
+    return {
+        "metrics": dict(metrics), "gradients": gradients, "held": held,
+        "weights": {name: tensor.clone() for name, tensor in unpack(update)},
+    }  # fmt: skip
+
+
+def resumed(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
+    """Two steps, a checkpoint between them, and the second step again from the checkpoint."""
+    learner = Learner(config_of(Path(folder), Path(runs)), ranks)
+    learner.load()
+    batch = make_batch(samples_of(), step=1, micro_tokens=30, ranks=ranks.world)
+    learner.step(batch)
+    learner.save(Path(runs) / "saved")
+    ranks.gather(None)  # the first rank has written
+    learner.step(batch)
+    straight = {name: tensor.clone() for name, tensor in unpack(learner.weights(2))}
+    again = Learner(config_of(Path(folder), Path(runs)), ranks)
+    again.resume(Path(runs) / "saved")
+    again.step(batch)
+    other = dict(unpack(again.weights(2)))
+    return {"equal": all(torch.equal(straight[name], other[name]) for name in straight), "count": len(straight)}
+
+
+def refused(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
+    """A NaN in one sequence, that is, on one rank."""
+    learner = Learner(config_of(Path(folder), Path(runs)), ranks)
+    learner.load()
+    before = [whole(p).clone() for p in learner.model.parameters()]
+    try:
+        learner.step(make_batch(samples_of(poison=3), step=7, micro_tokens=30, ranks=ranks.world))
+        said = ""
+    except StepRefused as error:
+        said = str(error)
+    learner.step(make_batch(samples_of(), step=8, micro_tokens=30, ranks=ranks.world))  # the ranks still work together
+    moved = any(not torch.equal(whole(p), old) for p, old in zip(learner.model.parameters(), before, strict=True))
+    return {"said": said, "moved": moved}
+
+
+def work(rank: int, world: int, address: str, job: Callable[..., Any], out: str, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    result = job(join_ranks(rank, world, address, 60), *arguments)
+    Path(out, f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def over_ranks(world: int, job: Callable[..., Any], tmp_path: Path, folder: Path, micro_tokens: int = 30) -> list[Any]:
+    """The job's result on every rank."""
+    out = tmp_path / f"{job.__name__}-{world}-{micro_tokens}"
+    out.mkdir()
+    arguments = (world, free_address(), job, str(out), str(folder), str(out), micro_tokens)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+    return [pickle.loads(Path(out, f"{rank}.pkl").read_bytes()) for rank in range(world)]
+
+
+@pytest.mark.parametrize(("world", "micro_tokens"), [(1, 30), (1, 1), (2, 1000), (4, 30)])
+def test_any_split_gives_the_same_loss_gradients_and_sgd_update(
+    world: int, micro_tokens: int, folder: Path, tmp_path: Path
+) -> None:
+    want = learned(Ranks(), str(folder), str(tmp_path), 1000)
+    if world == 1:
+        got = learned(Ranks(), str(folder), str(tmp_path), micro_tokens)
+    else:
+        found = over_ranks(world, learned, tmp_path, folder, micro_tokens)
+        got = found[0]
+        assert all(other["metrics"] == got["metrics"] for other in found)  # every rank knows the whole step
+        assert all(other["held"] < 0.8 * want["held"] for other in found)  # the model is split, not copied
+        assert [len(other["weights"]) > 0 for other in found] == [True] + [False] * (world - 1)
+    assert want["metrics"]["grad_norm"] > 0.5  # the clip does something
+    for name in (
+        "loss/policy",
+        "loss/kl",
+        "loss/indexer_kl",
+        "grad_norm",
+        "grad_norm/indexer",
+        "entropy",
+        "mismatch/k3_kl",
+    ):
+        assert got["metrics"][name] == pytest.approx(want["metrics"][name], rel=1e-5, abs=1e-6), name
+    assert got["metrics"].keys() == want["metrics"].keys()
+    for kind in ("gradients", "weights"):
+        assert got[kind].keys() == want[kind].keys()
+        for name, tensor in want[kind].items():
+            assert (got[kind][name] - tensor).abs().max() <= 1e-6, (kind, name)
+    start = load(folder).state_dict()
+    assert any((want["weights"][name] - start[name]).abs().max() > 1e-4 for name in want["weights"])
+
+
+def test_a_resumed_run_over_ranks_is_bitwise_and_its_checkpoint_is_a_model(folder: Path, tmp_path: Path) -> None:
+    results = over_ranks(2, resumed, tmp_path, folder)
+    assert results[0]["equal"] and results[0]["count"] > 10
+    saved = tmp_path / "resumed-2-30" / "saved"
+    model = load(saved)
+    assert attach.is_converted(model) and model.config.architectures == ["LlamaForCausalLM"]
+    alone = Learner(config_of(folder, tmp_path))
+    alone.resume(saved)  # and another number of ranks goes on from it
+    assert alone.optimizer.num_updates == 1
+    alone.step(make_batch(samples_of(), step=2, micro_tokens=1000))
+
+
+def test_a_fault_on_one_rank_is_refused_by_all_and_named(folder: Path, tmp_path: Path) -> None:
+    results = over_ranks(2, refused, tmp_path, folder)
+    for result in results:
+        assert "step 7" in result["said"] and "the loss is nan" in result["said"] and "r3/0" in result["said"]
+        assert result["moved"]
+    assert (tmp_path / "refused-2-30" / "run" / "refused" / "step-000007.pkl").stat().st_size > 0
+
+
+def test_micro_batches_are_dealt_evenly_and_every_rank_has_as_many_passes() -> None:
+    class Micro:
+        def __init__(self, length: int) -> None:
+            self.tokens = [0] * length
+
+    for lengths, world in (((9, 8, 3, 3, 2, 1), 2), ((5, 4, 3), 4), ((7,), 3), ((), 2)):
+        dealt = [Ranks(rank, world).deal([Micro(n) for n in lengths]) for rank in range(world)]
+        assert sorted(i for share in dealt for i, counts in share if counts) == list(range(len(lengths)))
+        assert len({len(share) for share in dealt}) == 1
+    loads = [
+        sum((9, 8, 3, 3, 2, 1)[i] for i, _ in Ranks(r, 2).deal([Micro(n) for n in (9, 8, 3, 3, 2, 1)])) for r in (0, 1)
+    ]
+    assert sorted(loads) == [13, 13]
