@@ -70,10 +70,11 @@ class Ranks:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept, mp_policy=precision)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+        sharded: Any = model  # what the assertion narrows it to has none of a module's own methods
         assert isinstance(model, FSDPModule)
-        model.score_rows = partial(score_rows, model)
-        register_fsdp_forward_method(model, "score_rows")
-        return model
+        sharded.score_rows = partial(score_rows, sharded)
+        register_fsdp_forward_method(sharded, "score_rows")
+        return sharded
 
     def deal(self, micro_batches: Sequence[Sized]) -> list[tuple[int, bool]]:
         """This rank's micro-batches: (index, counts). Longest first, each to the rank with the least; a rank with fewer than the others
@@ -116,7 +117,8 @@ def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be split over ranks. Every rank must ask."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    detached: Any = tensor.detach()
+    return detached.full_tensor() if isinstance(tensor, DTensor) else detached
 
 
 def own_part(tensor: Tensor) -> Tensor:
