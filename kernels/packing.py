@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 MAX_GROUP_TOKENS = 1 << 14  # padded query tokens in one batch
-# Rows are filled up to a multiple: a CPU's matrix library takes another kernel for the last one to three rows of a product, whose last
-# bits differ, and the same token would get another result in a sequence of another length.
+# Rows of a product are filled up to a multiple: a CPU's matrix library computes the one to three rows beyond a thread's last block with
+# another kernel, whose last bits differ, and the same token would get another result in a longer sequence or a larger batch.
 ROW_MULTIPLE = 8
 
 

@@ -289,7 +289,10 @@ def topk_workspace(rows, width, k, device):
     """Scratch of `topk` for up to `rows` rows of up to `width` scores. `arrivals` is zero, and every launch leaves it zero."""
     chunk, group = plan(rows, width, k)
     chunks = max(1, triton.cdiv(width, chunk))
-    ints = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
+
+    def ints(*shape):
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
     return {
         "maxima": ints(rows, chunks * chunk // group), "found": ints(rows, chunks),
         "pairs": torch.empty(rows, chunks * chunk, dtype=torch.int64, device=device),

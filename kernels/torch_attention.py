@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.kernels.packing import ROW_MULTIPLE, Batch, batches, gather_pages, gather_slots, round_up
+from winnow.kernels.packing import Batch, batches, gather_pages, gather_slots, round_up
 from winnow.kernels.selection import Selection
 
 TILE_BUDGET = 1 << 23  # elements of the largest temporary
@@ -257,8 +257,8 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     batch, heads, dim = q.shape
     group = heads // k.shape[1]
     rows = q.view(batch, k.shape[1], group, dim)
-    if q.device.type == "cpu" and group < ROW_MULTIPLE:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, ROW_MULTIPLE - group))
+    if q.device.type == "cpu":
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, round_up(group) - group))
     if mask is not None:
         mask = mask.expand(batch, 1, rows.shape[2], k.shape[2])
     out, lse = attend(rows, k, v, mask, False, scale)  # [B, Hkv, rows, D], [B, Hkv, rows]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.kernels.packing import ROW_MULTIPLE
+from winnow.kernels.packing import round_up
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at once
 
@@ -17,7 +17,7 @@ def _chunk_logits(
 ) -> Tensor:
     """Tempered logits [C, V] of rows a..a+C, -inf outside each row's kept set."""
     # Filled up to whole blocks: a CPU's matrix library gives the rows beyond them other last bits (as in packing.py).
-    padding = -len(hidden) % ROW_MULTIPLE if hidden.device.type == "cpu" else 0
+    padding = round_up(len(hidden)) - len(hidden) if hidden.device.type == "cpu" else 0
     states = torch.nn.functional.pad(hidden, (0, 0, 0, padding)) if padding else hidden
     logits = (states @ weight.T)[: len(hidden)].div_(temperature[:, None])
     if kept is None:

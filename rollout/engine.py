@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from winnow.kernels.packing import round_up
 from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
@@ -29,10 +30,6 @@ from winnow.rollout.scheduler import Scheduler
 from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
-
-# A CPU's matrix library computes the one to three rows beyond a thread's last block with another kernel, and they differ in their last
-# bits: a batch is filled up, so that a token's log-probability does not depend on how many others are still being generated.
-CPU_ROW_MULTIPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,8 +285,9 @@ class Engine:
     ) -> tuple[Tensor, np.ndarray | None]:
         """hidden [tokens, C], and the index sets [layers, tokens, k] where they are recorded and any query sees more than k."""
         size, num_tokens = self.config.page_size, len(ids)
-        extra = -num_tokens % CPU_ROW_MULTIPLE if self.device.type == "cpu" else 0
-        if extra:  # sequences of one token each, on the scratch page
+        # Whole blocks of rows, as packing.ROW_MULTIPLE explains: filled up with sequences of one token each, on the scratch page.
+        extra = round_up(num_tokens) - num_tokens if self.device.type == "cpu" else 0
+        if extra:
             more = np.arange(extra)
             ids, positions = np.append(ids, 0 * more), np.append(positions, 0 * more)
             row_of, offsets = np.append(row_of, len(lengths) + more), np.append(offsets, num_tokens + 1 + more)
@@ -326,7 +324,7 @@ class Engine:
     def _logits(self, hidden: Tensor) -> Tensor:
         rows, weight = len(hidden), lm_head_weight(self.model)
         if self.device.type == "cpu":
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -rows % CPU_ROW_MULTIPLE))
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, round_up(rows) - rows))
         return torch.nn.functional.linear(hidden, weight).float()[:rows]
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:

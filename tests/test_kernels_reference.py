@@ -336,3 +336,33 @@ def test_batches_cover_every_row_once():
         padded = batch.pad(torch.arange(len(seen)))
         assert torch.equal(padded[batch.valid], batch.rows[batch.valid])
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("longest", [510, 512, 513, 530])  # up to 512 positions are masked, longer contexts gathered
+@pytest.mark.parametrize("group", [1, 9])  # query heads of a kv head: 9 are a block of eight and one beyond it
+def test_decode_is_the_reference_on_both_sides_of_the_switch(longest, group):
+    generator = torch.Generator().manual_seed(longest + group)
+    lengths, page, top_k = torch.tensor([longest, 1, 7, 300], dtype=torch.int32), 16, 8
+    num_pages = -(-longest // page)
+    table = torch.randperm(4 * num_pages, generator=generator).view(4, num_pages).to(torch.int32)
+    k, v = (torch.full((4 * num_pages, page, 2, 16), torch.nan) for _ in range(2))
+    for row, length in enumerate(lengths.tolist()):  # what was never written stays NaN
+        places = torch.arange(length)
+        for store in (k, v):
+            store[table[row, places // page].long(), places % page] = torch.randn(length, 2, 16, generator=generator)
+    q = torch.randn(4, 2 * group, 16, generator=generator)
+    indices = torch.full((4, top_k), -1, dtype=torch.int32)
+    indices[0] = torch.tensor(
+        [0, 5, 6, longest - 2, longest - 1, longest, 2**31 - 1, -(2**31)]
+    )  # three that nobody may see
+    indices[1, 0] = 0
+    indices[3, :3] = torch.tensor([2, 100, 299])
+    chosen = Selection(indices, torch.tensor([5, 1, 0, 3], dtype=torch.int32))
+    out, lse = ops.sparse_decode(q, k, v, table, lengths, chosen, 0.25)
+    seen = [0, 1, 3]  # row 2 has no valid index: output 0, lse -inf
+    want, want_lse = reference.sparse_decode(
+        q[seen], k, v, table[seen], lengths[seen], Selection(indices[seen], chosen.counts[seen]), 0.25
+    )
+    torch.testing.assert_close(out[seen], want, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse[seen], want_lse, rtol=0, atol=2e-6)
+    assert (out[2] == 0).all() and (lse[2] == -torch.inf).all()

@@ -90,62 +90,13 @@ def test_packed_equals_unpacked():
 # The three modes
 
 
-def fresh_cache(model, pages, page):
-    c = model.config
-    config = A.indexer_config(model)
-    kv = (pages, page, c.num_key_value_heads, c.head_dim)
-    layers = range(c.num_hidden_layers)
-    nan = torch.nan
-    return SimpleNamespace(
-        k=[torch.full(kv, nan) for _ in layers],
-        v=[torch.full(kv, nan) for _ in layers],
-        index=[torch.full((pages, page, config.head_dim), nan) for _ in layers] if config else None,
-    )
-
-
-def run_cached(model, parts, schedule, page=5, **options):
-    """Feed each part in pieces of schedule[step] tokens; decode mode where every piece is one token. Returns logits and sets."""
-    most = -(-max(map(len, parts)) // page)
-    table = (
-        torch.randperm(most * len(parts), generator=torch.Generator().manual_seed(3))
-        .view(len(parts), most)
-        .to(torch.int32)
-    )
-    cache = fresh_cache(model, most * len(parts), page)
-    outs, sets = [[] for _ in parts], [[] for _ in parts]
-    start = 0
-    for size in schedule:
-        live = [i for i, p in enumerate(parts) if len(p) > start]
-        if not live:
-            break
-        counts = [min(size, len(parts[i]) - start) for i in live]
-        positions = torch.cat([torch.arange(start, start + n) for n in counts])
-        owner = torch.tensor(live).repeat_interleave(torch.tensor(counts))
-        recorded = {}
-        ctx = ForwardContext(
-            mode="decode" if size == 1 else "prefill", positions=positions,
-            cu_seqlens=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-            seq_lens=torch.tensor([start + n for n in counts], dtype=torch.int32), block_table=table[live],
-            slot_mapping=table[owner, positions // page].long() * page + positions % page, cache=cache, selection_out=recorded, **options,
-        )  # fmt: skip
-        out = logits(model, torch.cat([parts[i][start : start + n] for i, n in zip(live, counts, strict=True)]), ctx)
-        for i, rows in zip(live, out.split(counts), strict=True):
-            outs[i].append(rows)
-        if recorded:
-            stacked = torch.stack([recorded[layer].indices for layer in sorted(recorded)])
-            for i, rows in zip(live, stacked.split(counts, 1), strict=True):
-                sets[i].append(rows)
-        start += size
-    return [torch.cat(o) for o in outs], [torch.cat(s, 1) if s else None for s in sets]
-
-
 SCHEDULES = {"at once": [64], "sixteens": [16] * 4, "sevens": [7] * 9, "mixed": [20, *[1] * 30, 14], "tokens": [1] * 60}
 
 
 @pytest.mark.parametrize(
     "name, selector", [*((name, "indexer") for name in SCHEDULES), ("mixed", "random"), ("mixed", "recent")]
 )
-def test_chunked_prefill_and_decode_equal_training(name, selector):
+def test_chunked_prefill_and_decode_equal_training(name, selector, run_cached):
     schedule, model = SCHEDULES[name], sparse_model()
     parts = [tokens(60, 5), tokens(23, 6), tokens(6, 7)]
     got, sets = run_cached(model, parts, schedule, selector=selector)
@@ -161,7 +112,7 @@ def test_chunked_prefill_and_decode_equal_training(name, selector):
 
 
 @pytest.mark.parametrize("kind", ["dense folder", "dense selector"])
-def test_dense_models_decode_without_indexers(kind):
+def test_dense_models_decode_without_indexers(kind, run_cached):
     model = dense_model() if kind == "dense folder" else sparse_model()
     A.use_winnow_attention(model)
     parts = [tokens(30, 5), tokens(12, 6)]
@@ -174,7 +125,7 @@ def test_dense_models_decode_without_indexers(kind):
     assert A.indexer_calls(model) == 0
 
 
-def test_decode_of_short_contexts_does_not_score_but_keeps_keys():
+def test_decode_of_short_contexts_does_not_score_but_keeps_keys(run_cached):
     model = sparse_model(8)
     run_cached(model, [tokens(8)], [1] * 8)
     assert A.indexer_calls(model) == 0

@@ -92,47 +92,12 @@ def test_packed_equals_unpacked(name):
             torch.testing.assert_close(logits(model, part, train_context([len(part)])), got, rtol=0, atol=1e-5)
 
 
-def run_cached(model, parts, schedule, page=5, **options):
-    """Feed each part in pieces; decode mode where every piece is one token. The cache is poisoned with NaN. Logits and sets by part."""
-    most = -(-max(map(len, parts)) // page)
-    table = (
-        torch.randperm(most * len(parts), generator=torch.Generator().manual_seed(3))
-        .view(len(parts), most)
-        .to(torch.int32)
-    )
-    cache = PagedCache(**A.cache_shape(model), num_pages=most * len(parts), page_size=page)
-    for store in (*cache.k, *cache.v, *cache.index.values()):
-        store.fill_(torch.nan)
-    outs, sets, start = [[] for _ in parts], [[] for _ in parts], 0
-    for size in schedule:
-        live = [i for i, p in enumerate(parts) if len(p) > start]
-        if not live:
-            break
-        counts = [min(size, len(parts[i]) - start) for i in live]
-        positions = torch.cat([torch.arange(start, start + n) for n in counts])
-        owner = torch.tensor(live).repeat_interleave(torch.tensor(counts))
-        recorded = {}
-        ctx = ForwardContext(
-            mode="decode" if size == 1 else "prefill", positions=positions,
-            cu_seqlens=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-            seq_lens=torch.tensor([start + n for n in counts], dtype=torch.int32), block_table=table[live],
-            slot_mapping=table[owner, positions // page].long() * page + positions % page, cache=cache, selection_out=recorded, **options,
-        )  # fmt: skip
-        out = logits(model, torch.cat([parts[i][start : start + n] for i, n in zip(live, counts, strict=True)]), ctx)
-        stacked = torch.stack([recorded[layer].indices for layer in sorted(recorded)])
-        for i, rows, chosen in zip(live, out.split(counts), stacked.split(counts, 1), strict=True):
-            outs[i].append(rows)
-            sets[i].append(chosen)
-        start += size
-    return [torch.cat(o) for o in outs], [torch.cat(s, 1) for s in sets]
-
-
 SCHEDULES = {"at once": [60], "sixteens": [16] * 4, "mixed": [20, *[1] * 20, 20], "tokens": [1] * 60}
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_chunked_prefill_at_once_and_token_by_token_are_the_training_pass(name, schedule):
+def test_chunked_prefill_at_once_and_token_by_token_are_the_training_pass(name, schedule, run_cached):
     model = make(name)
     parts = [tokens(60, 5), tokens(23, 6), tokens(6, 7)]
     got, sets = run_cached(model, parts, SCHEDULES[schedule])
@@ -149,7 +114,7 @@ def test_chunked_prefill_at_once_and_token_by_token_are_the_training_pass(name, 
 
 
 @pytest.mark.parametrize("pays", [0.0, 1e9])
-def test_both_forms_of_latent_attention_agree(pays, monkeypatch):
+def test_both_forms_of_latent_attention_agree(pays, monkeypatch, run_cached):
     """Prefill all in absorbed form, and all in MHA form, whatever the length."""
     monkeypatch.setattr(mla, "ABSORBED_PAYS", pays)
     model, ids = make("deepseek"), tokens(60, 5)
