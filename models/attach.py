@@ -151,19 +151,7 @@ def indexer_config(model: Any) -> IndexerConfig | None:
 
 def cache_shape(model: Any) -> dict[str, Any]:
     """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments."""
-    return described_cache(model.config, indexer_config(model))
-
-
-def described_indexer(config: Any) -> IndexerConfig | None:
-    """The indexers' shape as a folder's config tells it, before its model is opened; None for a dense model."""
-    if is_native(config):
-        return native_indexer_config(config)
-    section = getattr(config, "winnow", None)
-    return None if section is None else IndexerConfig.from_dict(section)
-
-
-def described_cache(config: Any, indexer: IndexerConfig | None) -> dict[str, Any]:
-    """`cache_shape` of a config."""
+    config, indexer = model.config, indexer_config(model)
     heads = config.num_attention_heads
     layers = range(config.num_hidden_layers)
     shape = {

