@@ -23,12 +23,24 @@ from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.context import ForwardContext, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.models.load import load
+from winnow.models.native import NATIVE
 from winnow.rollout.records import compact
 from winnow.rollout.vllm_backend import BatchMetadata, CacheLayer
 from winnow.rollout.vllm_plugin import VllmError
 from winnow.rollout.weights import copy_into
 
 NULL_BLOCK = 0  # vLLM gives this block to nobody: rows that only fill up a batch write there, and nobody reads it
+
+
+def transformers_own_configs() -> None:
+    """vLLM registers config classes of its own with transformers, for deepseek_v32 one of another architecture: native models are opened
+    with transformers' own class again. vLLM has read its configs by now, and registers anew for the next engine."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    registered: Any = getattr(CONFIG_MAPPING, "_extra_content", None)
+    assert isinstance(registered, dict), "transformers keeps registered configs elsewhere now: see AutoConfig.register"
+    for kind in NATIVE:
+        registered.pop(kind, None)
 
 
 @dataclass
@@ -70,6 +82,7 @@ class WinnowForCausalLM(nn.Module):
                 "winnow's model cannot be quantized by vLLM: its weights are the policy's own; drop the quantization"
             )
         model_config = vllm_config.model_config
+        transformers_own_configs()
         with torch.device("cpu"):  # vLLM builds models under its device, which transformers would take for a device map
             self.module = load(model_config.model, model_config.dtype, vllm_config.device_config.device)
         assert not any(hasattr(module, "quant_method") for module in self.module.modules()), (
