@@ -3,9 +3,9 @@
     add / extend -> a vLLM request of the whole conversation so far -> one token a step -> turn ends -> extend or release
 
 vLLM runs inside this process, on the model class of `vllm_model`; a step is one of its steps. A turn is a request of its own: what the
-conversation has computed before comes out of vLLM's prefix cache, whose keys carry the policy version (and, where index sets are
-recorded, the sequence: every query is then computed, and recorded, by the sequence it belongs to). New weights are written in place,
-and every running request is computed again from its own tokens, so nothing of an old policy is ever read.
+conversation has computed before comes out of vLLM's prefix cache, whose keys carry the policy version and, where index sets are
+recorded, the prompt that its samples share: what a sample finds cached it has recorded itself, or shares the record of. New weights are written
+in place, and every running turn goes on as a new request from its own tokens, so nothing of an old policy is ever read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from winnow.rollout.engine import Engine, EngineConfig, _end_ids
 from winnow.rollout.records import NARROW_LIMIT
 from winnow.rollout.sampler import RowParams, sample
 from winnow.rollout.schema import Sampling
-from winnow.rollout.sequence import Sequence
+from winnow.rollout.sequence import Prompt, Sequence
 from winnow.rollout.vllm_plugin import ARCHITECTURE, LOAD_FORMAT, VllmError, import_vllm
 from winnow.rollout.weights import copy_into
 
@@ -42,7 +42,10 @@ class Turn(NamedTuple):
 
 
 class VllmRequests:
-    """What the native engine's scheduler is to it: who lives, who runs. Who runs next is vLLM's decision."""
+    """What the native engine's scheduler is to it: who lives, who runs. Who runs next is vLLM's decision.
+
+    Samples of one prompt share its record until each has drawn its first token, as they share what vLLM has cached of it.
+    """
 
     def __init__(self, engine: VllmEngine) -> None:
         self._engine = engine
@@ -51,6 +54,10 @@ class VllmRequests:
         self.by_name: dict[str, Sequence] = {}
         self.by_id: dict[str, Sequence] = {}
         self.preemptions = 0
+        self.families: dict[
+            Sequence, int
+        ] = {}  # whose cache it may read: its prompt's samples', or from some point on only its own
+        self._prompts: dict[tuple[int, ...], Prompt] = {}
         self._orders = itertools.count(1)
 
     @property
@@ -61,15 +68,27 @@ class VllmRequests:
         return next(self._orders)
 
     def add(self, sequences: list[Sequence]) -> None:
+        tokens = tuple(sequences[0].tokens)
+        parent = self._prompts.get(tokens)
+        if parent is None:
+            parent = self._prompts[tokens] = Prompt(tokens=list(tokens), order=self.next_order())
         for sequence in sequences:
-            self.live[sequence] = None
+            parent.waiting += 1
+            sequence.prompt = parent
+            self.live[sequence], self.families[sequence] = None, parent.order
             self.resume(sequence)
 
     def resume(self, sequence: Sequence) -> None:
-        """Hands the conversation so far to vLLM as a request for the next turn."""
+        """Hands the conversation so far to vLLM as a request for the turn, or the rest of it."""
         sequence.num_cached = 0
         turn = self.turns[sequence] = self._engine.submit(sequence)
         self.by_name[turn.name] = self.by_id[turn.id] = sequence
+
+    def started(self, sequence: Sequence) -> None:
+        """The first token is drawn, so the prompt's record is whole: from here on the sequence has one of its own."""
+        assert sequence.prompt is not None
+        sequence.records = list(sequence.prompt.records)
+        self._leave_prompt(sequence)
 
     def ended(self, sequence: Sequence) -> Turn:
         turn = self.turns.pop(sequence)
@@ -79,7 +98,34 @@ class VllmRequests:
     def release(self, sequence: Sequence) -> None:
         if sequence in self.turns:
             self._engine.abort(self.ended(sequence))
-        self.live.pop(sequence, None)
+        if sequence.prompt is not None:
+            self._leave_prompt(sequence)
+        if sequence in self.live:
+            del self.live[sequence], self.families[sequence]
+
+    def restart(self, sequence: Sequence) -> None:
+        """Goes on with the turn in a new request, from the sequence's own tokens."""
+        self._engine.abort(self.ended(sequence))
+        self.resume(sequence)
+
+    def restart_all(self) -> None:
+        """Forgets all that was computed."""
+        for span in (*self._prompts.values(), *self.live):
+            span.records = []
+        for sequence in list(self.turns):
+            self.restart(sequence)
+
+    def part(self, sequence: Sequence) -> None:
+        """A sibling has computed tokens that this one has drawn too, and their index sets went to the sibling: computes them itself."""
+        self.families[sequence] = sequence.order
+        self.restart(sequence)
+
+    def _leave_prompt(self, sequence: Sequence) -> None:
+        parent, sequence.prompt = sequence.prompt, None
+        assert parent is not None
+        parent.waiting -= 1
+        if parent.waiting == 0:
+            del self._prompts[tuple(parent.tokens)]
 
 
 class VllmEngine(Engine):
@@ -162,8 +208,8 @@ class VllmEngine(Engine):
         return ended
 
     def submit(self, sequence: Sequence) -> Turn:
-        """Starts the turn of a sequence."""
-        salt = f"{self.version}/{sequence.order}" if self.records else str(self.version)
+        """Starts the turn of a sequence, or the rest of it."""
+        salt = f"{self.version}/{self.scheduler.families[sequence]}" if self.records else str(self.version)
         return self._request("turn", sequence.tokens, salt, self._params(sequence))
 
     def abort(self, turn: Turn) -> None:
@@ -173,12 +219,11 @@ class VllmEngine(Engine):
         """As `Engine.load_weights`: all weights in place, by name; live sequences go on under the new policy."""
         copy_into(self.model, dict(tensors), version)
         self.version = version
-        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+        self.scheduler.restart_all()
+        if not self._llm.reset_prefix_cache():
             raise RuntimeError(
                 f"vLLM kept keys of the policy before version {version}: it cannot go on with these weights"
             )
-        for sequence in self.scheduler.live:
-            sequence.num_cached, sequence.records = 0, []
 
     def score(self, tokens: Row[int], temperature: float = 1.0) -> np.ndarray:
         """As `Engine.score`: prefills the tokens in vLLM's cache and scores the hidden states; other requests advance meanwhile."""
@@ -215,8 +260,11 @@ class VllmEngine(Engine):
         if batch is not None:
             assert len(batch.lengths) == len(ids), f"{len(ids)} requests in a batch of {len(batch.lengths)}"
             self._count(batch)
-            for row, (begin, end) in enumerate(itertools.pairwise(batch.bounds)):
-                start = batch.lengths[row] - (end - begin)
+            starts = np.array(batch.lengths) - np.diff(batch.bounds)
+            for row in np.argsort(
+                starts, kind="stable"
+            ).tolist():  # who computed a shared prompt's head comes before who found it cached
+                begin, end, start = *batch.bounds[row : row + 2], int(starts[row])
                 if scored is not None and ids[row] == scored.id:
                     found = (batch.hidden[begin:end], start)
                 elif (sequence := self.scheduler.by_id.get(ids[row])) is not None:
@@ -240,17 +288,16 @@ class VllmEngine(Engine):
         sequence.num_cached = start + end - begin
         if not self.records or sequence.num_cached <= self.index_k:
             return
-        wanted = self.index_k + sum(
-            last - first for _, first, last in sequence.records
-        )  # the next position without a set
-        if start > max(wanted, self.index_k):
+        records = (sequence.prompt or sequence).records
+        wanted = self.index_k + sum(last - first for _, first, last in records)  # the next position without a set
+        if start > wanted:
             raise RuntimeError(
-                f"vLLM took positions {wanted} to {start - 1} of a sequence from another's cache: their index sets are missing"
+                f"vLLM found positions {wanted} to {start - 1} cached, but nobody recorded their index sets"
             )
-        begin += max(0, wanted - start)
+        begin += wanted - start
         if begin < end:
             assert sets is not None, "a query past top_k left no index set"
-            sequence.records.append((sets, begin, end))
+            records.append((sets, begin, end))
 
     def _append(self, sequence: Sequence, output: Any) -> bool:
         """Appends what a turn drew in this step; whether the turn has ended with it."""
@@ -259,6 +306,8 @@ class VllmEngine(Engine):
         for token in drawn.token_ids:
             mine, logprob, kept = self._drawn[self.scheduler.turns[sequence].id]
             assert token == mine, f"vLLM says that token {token} was drawn, but it was {mine}"
+            if sequence.prompt is not None:
+                self.scheduler.started(sequence)
             sequence.tokens.append(mine)
             sequence.logprobs.append(logprob)
             sequence.versions.append(self.version)

@@ -218,6 +218,20 @@ def test_draws_equal_natives_whatever_the_batch(shared, folder, filters):
 
 
 @real
+@pytest.mark.parametrize("record", [True, False])
+def test_samples_of_one_prompt_share_its_prefill(folder, shared, record):
+    engine = shared if record else open_engine(folder, replace(CONFIG, record_indices=False))
+    before = engine.counters["prefill_tokens"]
+    prompt, sampling = prompt_of(90, 7), Sampling(max_tokens=12)
+    [group] = engine.generate([prompt], sampling, 12, ["x"])  # more samples than the batch holds
+    [want] = native(folder).generate([prompt], sampling, 12, ["x"])
+    for one, two in zip(group, want, strict=True):
+        same(one, two, engine if record else None)
+    assert 90 <= engine.counters["prefill_tokens"] - before <= 90 + 12 * (CONFIG.page_size + CONFIG.max_batch)
+    assert not engine.scheduler._prompts
+
+
+@real
 def test_turns_continue_from_what_is_cached(shared, folder):
     """Three turns: what was drawn and recorded before stays, and only new tokens are computed."""
     engines = shared, native(folder)
@@ -237,6 +251,27 @@ def test_turns_continue_from_what_is_cached(shared, folder):
             else:
                 engine.release(sequence)
     assert not shared.scheduler.live and not shared.has_work
+
+
+@real
+def test_a_sibling_with_the_same_words_does_not_take_the_record_along(shared, folder):
+    """Two greedy samples say the same and are answered the same, one after the other: the second finds all of it in the first's cache."""
+    engines = shared, native(folder)
+    pairs = [engine.add(prompt_of(40), replace(GREEDY, max_tokens=20), 2, "t", 150) for engine in engines]
+    for engine, pair in zip(engines, pairs, strict=True):
+        while engine.has_work:
+            engine.step()
+        same(*pair, engine)
+        for sequence in pair:
+            engine.extend(sequence, prompt_of(25, 3))
+            while engine.has_work:
+                engine.step()
+        same(*pair, engine)
+    same(pairs[0][1], pairs[1][1], shared)
+    assert [shared.scheduler.families[s] == s.order for s in pairs[0]] == [False, True]
+    for engine, pair in zip(engines, pairs, strict=True):
+        for sequence in pair:
+            engine.release(sequence)
 
 
 @real
