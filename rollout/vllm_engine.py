@@ -291,9 +291,9 @@ class VllmEngine(Engine):
         records = (sequence.prompt or sequence).records
         wanted = self.index_k + sum(last - first for _, first, last in records)  # the next position without a set
         if start > wanted:
-            raise RuntimeError(
-                f"vLLM found positions {wanted} to {start - 1} cached, but nobody recorded their index sets"
-            )
+            assert sequence.prompt is None, f"positions {wanted} to {start - 1} of a prompt are cached, but unrecorded"
+            self.scheduler.part(sequence)
+            return
         begin += wanted - start
         if begin < end:
             assert sets is not None, "a query past top_k left no index set"
