@@ -264,7 +264,7 @@ class VllmEngine(Engine):
             for row in np.argsort(
                 starts, kind="stable"
             ).tolist():  # who computed a shared prompt's head comes before who found it cached
-                begin, end, start = *batch.bounds[row : row + 2], int(starts[row])
+                begin, end, start = batch.bounds[row], batch.bounds[row + 1], int(starts[row])
                 if scored is not None and ids[row] == scored.id:
                     found = (batch.hidden[begin:end], start)
                 elif (sequence := self.scheduler.by_id.get(ids[row])) is not None:

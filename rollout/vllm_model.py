@@ -98,8 +98,8 @@ class WinnowForCausalLM(nn.Module):
         width = self.latent or 2 * self.heads * self.head_dim
         names = {i: f"{prefix}{'.' if prefix else ''}layers.{i}" for i in range(self.num_layers)}
         keys = shape.get("index_dtype", torch.float32)
-        self.kv = nn.ModuleList(CacheLayer(f"{names[i]}.kv", width, model_config.dtype, vllm_config) for i in names)
-        self.index = nn.ModuleDict(
+        self.kv: Any = nn.ModuleList(CacheLayer(f"{names[i]}.kv", width, model_config.dtype, vllm_config) for i in names)
+        self.index: Any = nn.ModuleDict(
             {
                 str(i): CacheLayer(f"{names[i]}.index", shape["index_dim"], keys, vllm_config)
                 for i in shape["index_layers"]
@@ -110,7 +110,8 @@ class WinnowForCausalLM(nn.Module):
         self._bound: tuple[int, BoundCache] | None = None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.module.get_input_embeddings()(input_ids)
+        embeddings: Any = self.module
+        return embeddings.get_input_embeddings()(input_ids)
 
     @torch.no_grad()
     def forward(
