@@ -4,8 +4,8 @@
 
 vLLM runs inside this process, on the model class of `vllm_model`; a step is one of its steps. A turn is a request of its own: what the
 conversation has computed before comes out of vLLM's prefix cache, whose keys carry the policy version and, where index sets are
-recorded, the prompt that its samples share: what a sample finds cached it has recorded itself, or shares the record of. New weights are written
-in place, and every running turn goes on as a new request from its own tokens, so nothing of an old policy is ever read.
+recorded, the prompt that its samples share: what a sample finds cached it has recorded itself, or shares the record of. New weights are
+written in place, and every running turn goes on as a new request from its own tokens, so nothing of an old policy is ever read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import itertools
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Row
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,103 +29,10 @@ from winnow.rollout.engine import Engine, EngineConfig, _end_ids
 from winnow.rollout.records import NARROW_LIMIT
 from winnow.rollout.sampler import RowParams, sample
 from winnow.rollout.schema import Sampling
-from winnow.rollout.sequence import Prompt, Sequence
+from winnow.rollout.sequence import Sequence
 from winnow.rollout.vllm_plugin import ARCHITECTURE, LOAD_FORMAT, VllmError, import_vllm
+from winnow.rollout.vllm_requests import Turn, VllmRequests
 from winnow.rollout.weights import copy_into
-
-
-class Turn(NamedTuple):
-    """A request of vLLM's: our name of it, which its outputs carry, and its own id, which its batches carry."""
-
-    name: str
-    id: str
-
-
-class VllmRequests:
-    """What the native engine's scheduler is to it: who lives, who runs. Who runs next is vLLM's decision.
-
-    Samples of one prompt share its record until each has drawn its first token, as they share what vLLM has cached of it.
-    """
-
-    def __init__(self, engine: VllmEngine) -> None:
-        self._engine = engine
-        self.live: dict[Sequence, None] = {}
-        self.turns: dict[Sequence, Turn] = {}  # those under way
-        self.by_name: dict[str, Sequence] = {}
-        self.by_id: dict[str, Sequence] = {}
-        self.preemptions = 0
-        self.families: dict[
-            Sequence, int
-        ] = {}  # whose cache it may read: its prompt's samples', or from some point on only its own
-        self._prompts: dict[tuple[int, ...], Prompt] = {}
-        self._orders = itertools.count(1)
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.turns)
-
-    def next_order(self) -> int:
-        return next(self._orders)
-
-    def add(self, sequences: list[Sequence]) -> None:
-        tokens = tuple(sequences[0].tokens)
-        parent = self._prompts.get(tokens)
-        if parent is None:
-            parent = self._prompts[tokens] = Prompt(tokens=list(tokens), order=self.next_order())
-        for sequence in sequences:
-            parent.waiting += 1
-            sequence.prompt = parent
-            self.live[sequence], self.families[sequence] = None, parent.order
-            self.resume(sequence)
-
-    def resume(self, sequence: Sequence) -> None:
-        """Hands the conversation so far to vLLM as a request for the turn, or the rest of it."""
-        sequence.num_cached = 0
-        turn = self.turns[sequence] = self._engine.submit(sequence)
-        self.by_name[turn.name] = self.by_id[turn.id] = sequence
-
-    def started(self, sequence: Sequence) -> None:
-        """The first token is drawn, so the prompt's record is whole: from here on the sequence has one of its own."""
-        assert sequence.prompt is not None
-        sequence.records = list(sequence.prompt.records)
-        self._leave_prompt(sequence)
-
-    def ended(self, sequence: Sequence) -> Turn:
-        turn = self.turns.pop(sequence)
-        del self.by_name[turn.name], self.by_id[turn.id]
-        return turn
-
-    def release(self, sequence: Sequence) -> None:
-        if sequence in self.turns:
-            self._engine.abort(self.ended(sequence))
-        if sequence.prompt is not None:
-            self._leave_prompt(sequence)
-        if sequence in self.live:
-            del self.live[sequence], self.families[sequence]
-
-    def restart(self, sequence: Sequence) -> None:
-        """Goes on with the turn in a new request, from the sequence's own tokens."""
-        self._engine.abort(self.ended(sequence))
-        self.resume(sequence)
-
-    def restart_all(self) -> None:
-        """Forgets all that was computed."""
-        for span in (*self._prompts.values(), *self.live):
-            span.records = []
-        for sequence in list(self.turns):
-            self.restart(sequence)
-
-    def part(self, sequence: Sequence) -> None:
-        """A sibling has computed tokens that this one has drawn too, and their index sets went to the sibling: computes them itself."""
-        self.families[sequence] = sequence.order
-        self.restart(sequence)
-
-    def _leave_prompt(self, sequence: Sequence) -> None:
-        parent, sequence.prompt = sequence.prompt, None
-        assert parent is not None
-        parent.waiting -= 1
-        if parent.waiting == 0:
-            del self._prompts[tuple(parent.tokens)]
 
 
 class VllmEngine(Engine):
@@ -195,9 +102,8 @@ class VllmEngine(Engine):
         self.scheduler: Any = VllmRequests(self)
         self._runner.sampler.forward = self._sample
         self._numbers = itertools.count()
-        self._drawn: dict[
-            str, tuple[int, float, np.ndarray | None]
-        ] = {}  # by vLLM's request id: token, log-probability, kept ids
+        # of the last step, by vLLM's request id: token, log-probability, kept ids
+        self._drawn: dict[str, tuple[int, float, np.ndarray | None]] = {}
         self._early: list[Sequence] = []  # turns that have ended since the last step returned
 
     def step(self) -> list[Sequence]:
@@ -225,6 +131,7 @@ class VllmEngine(Engine):
                 f"vLLM kept keys of the policy before version {version}: it cannot go on with these weights"
             )
 
+    @torch.inference_mode()
     def score(self, tokens: Row[int], temperature: float = 1.0) -> np.ndarray:
         """As `Engine.score`: prefills the tokens in vLLM's cache and scores the hidden states; other requests advance meanwhile."""
         from winnow.kernels.ops import token_logprobs
@@ -238,32 +145,33 @@ class VllmEngine(Engine):
         self._net.keep_hidden, done = True, 0
         try:
             while done < len(tokens) - 1:
-                hidden, start = self._advance(turn)
-                assert start == done, f"vLLM scored from position {start} on, not from {done}"
-                targets = torch.tensor(tokens[done + 1 : done + 1 + len(hidden)], device=self.device)
-                logprobs, _ = token_logprobs(hidden, lm_head_weight(self.model), targets, temperature, None)
-                done += len(hidden)
-                result[done + 1 - len(hidden) : done + 1] = logprobs.cpu().numpy()
+                hidden, start = self._advance(turn) or (torch.empty(0), done)
+                assert start <= done, f"vLLM scored from position {start} on, not from {done}"
+                hidden = hidden[done - start :]  # less what was scored before it was pushed out
+                targets = torch.tensor(tokens[done + 1 : done + 1 + len(hidden)], dtype=torch.int64, device=self.device)
+                if len(targets):
+                    logprobs, _ = token_logprobs(hidden, lm_head_weight(self.model), targets, temperature, None)
+                    result[done + 1 : done + 1 + len(targets)] = logprobs.cpu().numpy()
+                done += len(targets)
         finally:
             self._net.keep_hidden = False
             self.abort(turn)
         return result
 
-    def _advance(self, scored: Turn | None = None) -> tuple[Tensor, int]:
+    def _advance(self, scored: Turn | None = None) -> tuple[Tensor, int] | None:
         """One step: files what its queries attended to and appends what was drawn; turns that end go to `_early`. Returns the hidden
-        states [rows, C] of the `scored` request and the position of the first.
+        states [rows, C] of the `scored` request and the position of the first, where it was part of the step.
         """
         self._net.last = None
         outputs = self._llm.step()
         batch, ids = self._net.last, list(self._runner.input_batch.req_ids)
-        found = (torch.empty(0), 0)
+        found = None
         if batch is not None:
             assert len(batch.lengths) == len(ids), f"{len(ids)} requests in a batch of {len(batch.lengths)}"
             self._count(batch)
             starts = np.array(batch.lengths) - np.diff(batch.bounds)
-            for row in np.argsort(
-                starts, kind="stable"
-            ).tolist():  # who computed a shared prompt's head comes before who found it cached
+            # who computed the head of a shared prompt comes before who found it cached in the same step
+            for row in np.argsort(starts, kind="stable").tolist():
                 begin, end, start = batch.bounds[row], batch.bounds[row + 1], int(starts[row])
                 if scored is not None and ids[row] == scored.id:
                     found = (batch.hidden[begin:end], start)
@@ -372,6 +280,12 @@ class VllmEngine(Engine):
         if type(self._net).__name__ != ARCHITECTURE:
             raise VllmError(
                 f"vLLM opened the model as {type(self._net).__name__}, not {ARCHITECTURE}: is winnow's plugin switched off?"
+            )
+        page = self._llm.vllm_config.cache_config.block_size
+        if page != self.config.page_size:
+            raise VllmError(
+                f"rollout.page_size is {self.config.page_size}, but this build of vLLM wants pages of {page} tokens for the model: set "
+                f"rollout.page_size to {page}"
             )
         missing = [name for name in ("input_batch", "sampler") if not hasattr(self._runner, name)]
         missing += [] if hasattr(getattr(self._runner, "input_batch", None), "req_ids") else ["input_batch.req_ids"]

@@ -98,7 +98,9 @@ class WinnowForCausalLM(nn.Module):
         width = self.latent or 2 * self.heads * self.head_dim
         names = {i: f"{prefix}{'.' if prefix else ''}layers.{i}" for i in range(self.num_layers)}
         keys = shape.get("index_dtype", torch.float32)
-        self.kv: Any = nn.ModuleList(CacheLayer(f"{names[i]}.kv", width, model_config.dtype, vllm_config) for i in names)
+        self.kv: Any = nn.ModuleList(
+            CacheLayer(f"{names[i]}.kv", width, model_config.dtype, vllm_config) for i in names
+        )
         self.index: Any = nn.ModuleDict(
             {
                 str(i): CacheLayer(f"{names[i]}.index", shape["index_dim"], keys, vllm_config)

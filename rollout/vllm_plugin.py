@@ -3,7 +3,7 @@
     vllm_plugin   the entry point; which versions of vLLM are known to work; what must be set before it is imported
     vllm_backend  the caches and their metadata, as vLLM wants them described
     vllm_model    the model class: this project's own module on those caches
-    vllm_engine   the interface of the native engine on top of vLLM's scheduler, in one process
+    vllm_engine   the interface of the native engine on top of vLLM's scheduler, in one process; its requests: vllm_requests
 
 A converted or native folder is served by `vllm serve FOLDER --load-format winnow --hf-overrides '{"architectures":
 ["WinnowForCausalLM"]}' --enforce-eager`, or with `rollout.engine=vllm` in a run.
@@ -23,6 +23,7 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: its model and its batch can be asked
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second runner has other interfaces
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it draws without a request's own generator
+    "VLLM_MLA_DISABLE": "1",  # its own MLA wants other pages and prefills
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are the worker's business
     "VLLM_HOST_IP": "127.0.0.1",  # a group of one process: nobody else calls
     "VLLM_NO_USAGE_STATS": "1",
