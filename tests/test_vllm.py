@@ -478,7 +478,7 @@ def test_a_run_with_vllm_is_the_run_with_the_native_engine(tmp_path):
         "domains:\n  - {name: lookup, source: lookup, count: 8, quota: 2, max_tokens: 8}\n"
         "  - {name: tool, source: tool, count: 8, quota: 2, max_tokens: 8, max_turns: 3}\n"
         "rollout: {samples: 4, max_batch: 8, num_pages: 512, prefill_chunk: 128}\n"
-        "learner: {lr: 1.0e-2}\nindexer: {train: kl, selection: replay}\nschedule: {steps: 3, save_every: 0}\n"
+        "algorithm: {truncated: keep}\nlearner: {lr: 1.0e-2}\nindexer: {train: kl, selection: replay}\nschedule: {steps: 3, save_every: 0}\n"
     )
     lines = {}
     for engine in ("native", "vllm"):
