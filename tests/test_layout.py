@@ -26,7 +26,10 @@ MAY_IMPORT = {
 # `python rl/x.py` puts rl/ first on sys.path: a file of these names would then be the standard library's
 SHADOWS = {"types", "logging", "math", "random", "queue", "select", "code", "token", "profile", "copy"}
 INSIDE_ONLY = {"ray", "vllm"}  # seconds to import, and only some processes need them
-VLLMS_OWN = {"rollout/vllm_backend.py", "rollout/vllm_model.py"}  # classes of vLLM's kind: it opens these files, nobody else does
+VLLMS_OWN = {
+    "rollout/vllm_backend.py",
+    "rollout/vllm_model.py",
+}  # classes of vLLM's kind: it opens these files, nobody else does
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
