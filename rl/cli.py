@@ -175,7 +175,10 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument("--threads", type=positive, default=1)
     bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
     bench.add_argument(
-        "--only", nargs="+", metavar="NAME", help="kernels: the rows whose names contain one of these, e.g. mla topk"
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="kernels: these rows, or all whose names contain a word, e.g. mla topk",
     )
     bench.add_argument(
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
