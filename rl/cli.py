@@ -25,10 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return int(getattr(verbs, arguments.verb)(arguments) or 0)
     except KeyboardInterrupt:
-        print(
-            f"winnow {arguments.verb}: interrupted; what was finished is saved, the same command goes on from there",
-            file=sys.stderr,
-        )
+        again = "the same command with --resume" if arguments.verb == "train" else "the same command"
+        print(f"winnow {arguments.verb}: interrupted; what was finished is saved, {again} goes on", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `winnow ... | head`
         sys.stderr.close()
@@ -102,6 +100,11 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
         verb.add_argument(
             "--dry-run", action="store_true", help="print the resolved config, placement and memory; start nothing"
+        )
+        verb.add_argument(
+            "--resume",
+            action="store_true",
+            help="train: from the last checkpoint, as resume=true; a pipeline always goes on",
         )
 
 

@@ -31,7 +31,8 @@ def convert(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> int:
     from winnow.rl.config import load_config
 
-    config = load_config(find_config(arguments.config), arguments.overrides)
+    resume = ["resume=true"] if arguments.resume else []
+    config = load_config(find_config(arguments.config), [*arguments.overrides, *resume])
     if arguments.dry_run:
         from winnow.rl.plan import describe_plan
 
@@ -46,7 +47,7 @@ def train(arguments: argparse.Namespace) -> int:
     result = run(config, progress=say)
     say(f"run folder {config.folder}, report {write_report(config.folder)}")
     if result["status"] != "done":
-        say(f"{result['status']}: the same command with resume=true goes on from step {result['step']}")
+        say(f"{result['status']}: the same command with --resume goes on from step {result['step']}")
         return 130
     return 0
 
