@@ -24,6 +24,7 @@ from winnow.kernels.sparse_backward import sparse_attention, sparse_backward  # 
 from winnow.kernels.sparse_prefill import plan_for, sparse_prefill  # noqa: E402
 
 GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if GPU else []
 DEV = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32  # the interpreter computes in fp32 only
 REPEATS = 20 if GPU else 2
