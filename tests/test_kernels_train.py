@@ -163,7 +163,8 @@ def test_packed_is_unpacked():
 
 def test_pieces_and_slices_change_nothing_but_memory():
     """Lists made in many small pieces hold the same entries; gradients added slice by slice agree to rounding."""
-    sets, cu = device(random_sets((40,), 8)), device(bounds((40,)))
+    length = 300 if GPU else 40  # several blocks of queries, which are larger on a GPU
+    sets, cu = device(random_sets((length,), 8)), device(bounds((length,)))
     blocks = query_blocks(cu, 8)
     whole = next(iter(key_lists(blocks, sets)))
     pieces = list(key_lists(blocks, sets, bitmap_bytes=64))
@@ -171,11 +172,11 @@ def test_pieces_and_slices_change_nothing_but_memory():
     assert torch.equal(torch.cat([p.keys for p in pieces]), whole.keys)
     assert torch.equal(torch.cat([p.bits for p in pieces]), whole.bits)
     for block in range(len(blocks)):
-        rows = range(8 * block, min(40, 8 * block + 8))
+        rows = range(8 * block, min(length, 8 * block + 8))
         union = sorted({i for r in rows for i in sets.indices[r].tolist() if i >= 0})
         listed = whole.keys[whole.ends[block] : whole.ends[block + 1]].tolist()
         assert [i for i in listed if i >= 0] == union
-    q, k, v, grad = (randn(40, 2, 16, seed=s).to(DEV, DTYPE) for s in range(4))
+    q, k, v, grad = (randn(length, 2, 16, seed=s).to(DEV, DTYPE) for s in range(4))
     out, lse = sparse_prefill(q, k, v, cu, sets, 0.3)
     one, many = (sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3, parts_bytes=n) for n in (1 << 30, 1 << 12))
     for name, a, b in zip("qkv", one, many, strict=True):
