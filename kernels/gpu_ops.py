@@ -17,6 +17,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCORE_BUDGET = 1 << 25  # fp32 scores of one piece of a prefill: 128 MiB
 
 
+def round_up(length: int) -> int:
+    """The power of two, 1024 at least, that holds `length`: kernels are compiled for these widths and not for every length."""
+    return max(1024, 1 << (length - 1).bit_length())
+
+
 def takes_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     return (
         q.is_cuda
@@ -98,9 +103,7 @@ def select_rows(
             b = min(a + step, bounds[i + 1])
             ends = positions[a:b].to(torch.int32) + 1
             seen = keys - (bounds[i + 1] - b)  # what the piece's last query sees
-            scores = torch.empty(
-                b - a, -(-seen // 4) * 4, dtype=torch.float32, device=q.device
-            )  # rows of whole vectors
+            scores = torch.empty(b - a, round_up(seen), dtype=torch.float32, device=q.device)
             indexer_logits_prefill(q[a:b], cache, w[a:b], tables[i], seen, ends, scores)
             work = topk_workspace(b - a, scores.shape[1], top_k, q.device)
             choose(scores, ends, top_k, selection.indices[a:b], selection.counts[a:b], work, check=False)
@@ -119,13 +122,13 @@ def select_prefill(
 
 def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int) -> Selection:
     """As ops.select_packed with the indexer: keys k [T, D_I] packed like the queries, every sequence a page of its own."""
-    bounds = cu_seqlens.tolist()
+    bounds, dim = cu_seqlens.tolist(), k.shape[1]
     selection = window_selection(positions, top_k)
     table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
     for a, b in itertools.pairwise(bounds):
         if b - a > top_k:
-            part = select_rows(
-                q[a:b], k[a:b].contiguous()[None], w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k
-            )
+            keys = k.new_zeros(1, round_up(b - a), dim)
+            keys[0, : b - a] = k[a:b]
+            part = select_rows(q[a:b], keys, w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k)
             selection.indices[a:b], selection.counts[a:b] = part.indices, part.counts
     return selection

@@ -27,6 +27,7 @@ from winnow.models.native import is_native
 from winnow.rl import convert_data, memory, share
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.cost import cost_curves, default_cost, default_lengths
+from winnow.rl.needle_stage import teach_needles
 from winnow.rl.needles import needle_report, room_needed
 from winnow.rl.partial import Partial, make_key
 from winnow.rl.retention import perplexity, recall, retention_report
@@ -51,6 +52,10 @@ def convert(
     partial = Partial(Path(out), conversion_key(model_path, options, texts))
     train, held = sequences(model, tokenizer, options, texts, progress, partial)
     with fast_matmul(options.device):
+        if options.needle_steps:  # again when a conversion goes on: the same steps
+            if tokenizer is None:
+                raise ValueError("convert.needle_steps needs a tokenizer, and the model's folder has none")
+            teach_needles(model, tokenizer, train, options, progress)
         before = perplexity(model, held, "dense")
         leaders = attach_indexers(model, options, held)
         progress(
