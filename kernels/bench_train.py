@@ -139,20 +139,21 @@ class Sets:
                 yield f"recorded, layer {layer}", read_sets(file, length)
 
 
-def read_sets(file: Path, length: int) -> Selection:
-    """The sets of the first `length` queries of a recording, checked: TOP_K or all visible positions each, ascending, none in the future."""
-    indices = torch.load(file, map_location="cpu", weights_only=True)["indices"][:length].to("cuda")
+def read_sets(file: Path, length: int, device: str = "cuda", top_k: int = TOP_K) -> Selection:
+    """The sets of the first `length` queries of a recording, checked: top_k or all visible positions each, ascending, none in the future."""
+    indices = torch.load(file, map_location="cpu", weights_only=True)["indices"][:length].to(device)
     counts = (indices >= 0).sum(1).int()
-    place = torch.arange(length, device="cuda")
+    place = torch.arange(length, device=device)
     gaps = indices.diff(dim=1)
     right = (
-        indices.shape[1] == TOP_K
-        and bool((counts == (place + 1).clamp(max=TOP_K)).all())
+        len(indices) == length
+        and indices.shape[1] == top_k
+        and bool((counts == (place + 1).clamp(max=top_k)).all())
         and bool((indices.max(1).values <= place).all())
         and bool(((gaps > 0) | (indices[:, 1:] < 0)).all())
     )
     if not right:
-        raise ValueError(f"{file} does not hold causal sets of {TOP_K} positions of {length} queries")
+        raise ValueError(f"{file} does not hold causal sets of {top_k} positions of {length} queries")
     return Selection(indices, counts)
 
 

@@ -36,7 +36,6 @@ from winnow.rl.convert import (
     Progress,
     attach_indexers,
     conversion_key,
-    fast_matmul,
     load_dense,
     needles_that_fit,
     open_tokenizer,
@@ -85,13 +84,12 @@ class Table:
         self.say(f"[{self.elapsed:6.1f} s] {text}")
 
     def run(self) -> dict[str, Any]:
-        with fast_matmul(self.options.device):
-            self.progress(f"{len(self.train)} sequences to train on, {len(self.held)} held out")
-            self.base()
-            self.before = perplexity(self.model, self.held, "dense")
-            self.progress(f"dense perplexity {self.before:.3f}")
-            for name, make in self.plan():
-                self.take(name, make)
+        self.progress(f"{len(self.train)} sequences to train on, {len(self.held)} held out")
+        self.base()
+        self.before = perplexity(self.model, self.held, "dense")
+        self.progress(f"dense perplexity {self.before:.3f}")
+        for name, make in self.plan():
+            self.take(name, make)
         return self.write()
 
     def plan(self) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
@@ -234,6 +232,8 @@ class Table:
         else:
             self.fresh(options)
         times = self.sparse(name, options)[1] if sparse else {}
+        if not warm:
+            times.pop("warmup_seconds")
         return [self.report(name, options, ("dense", "indexer"))[0] | times]
 
     def sparse(self, name: str, options: ConvertOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,7 +28,6 @@ from winnow.models.context import LayerInputs, train_context
 from winnow.models.forward import hidden_states
 from winnow.models.load import load, load_tokenizer
 from winnow.rl import convert_data
-from winnow.rl.convert import fast_matmul
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.retention import RecallMeter
 from winnow.rl.stages import warm_up
@@ -91,25 +90,24 @@ def record(
     set_top_k(model, options.top_k)
     context = model.config.max_position_embeddings
     grown = stretch_rope(model, max(lengths))
-    with fast_matmul(options.device):
-        curves = warm_up(model, convert_data.batches(train, options.warmup_tokens, options.seed), options, progress)
-        freeze(indexer_parameters(model))
-        about: dict[str, Any] = {
-            "top_k": options.top_k, "context": context, "rope_base_times": grown, "warmup": dataclasses.asdict(options),
-            "kl": curves["kl"], "recall": {},
-        }  # fmt: skip
-        out.mkdir(parents=True, exist_ok=True)
-        for length in lengths:
-            watch = Recorder(layers)
-            ctx = train_context([length], options.device, selector="dense", indexer_loss=watch)
-            with torch.no_grad():
-                hidden_states(model, torch.tensor(held[:length]).to(options.device), ctx)
-            recall = dict(zip(sorted(watch.sets), watch.by_layer("indexer"), strict=True))
-            about["recall"][length] = recall
-            for layer, found in sorted(watch.sets.items()):
-                note = f"{length} tokens, layer {layer}, recall {recall[layer]:.3f}"
-                torch.save({"indices": found.indices.cpu(), "about": note}, out / f"{length}-layer{layer}.pt")
-                progress(f"recorded {note}")
+    curves = warm_up(model, convert_data.batches(train, options.warmup_tokens, options.seed), options, progress)
+    freeze(indexer_parameters(model))
+    about: dict[str, Any] = {
+        "top_k": options.top_k, "context": context, "rope_base_times": grown, "warmup": dataclasses.asdict(options),
+        "kl": curves["kl"], "recall": {},
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    for length in lengths:
+        watch = Recorder(layers)
+        ctx = train_context([length], options.device, selector="dense", indexer_loss=watch)
+        with torch.no_grad():
+            hidden_states(model, torch.tensor(held[:length]).to(options.device), ctx)
+        recall = dict(zip(sorted(watch.sets), watch.by_layer("indexer"), strict=True))
+        about["recall"][length] = recall
+        for layer, found in sorted(watch.sets.items()):
+            note = f"{length} tokens, layer {layer}, recall {recall[layer]:.3f}"
+            torch.save({"indices": found.indices.cpu(), "about": note}, out / f"{length}-layer{layer}.pt")
+            progress(f"recorded {note}")
     (out / "about.json").write_text(json.dumps(about, indent=1) + "\n")
     return about
 
