@@ -61,6 +61,30 @@ def sparse_decode(
     )  # fmt: skip
 
 
+def sparse_prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, block_table: Tensor, seq_lens: Tensor,
+    selection: Selection | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.sparse_prefill."""
+    from winnow.kernels.paged_prefill import paged_prefill
+
+    return paged_prefill(q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale)
+
+
+def mla_prefill(
+    q: Tensor, cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.mla_prefill over sets: the cache's slots are the packed rows of the kernel. q bf16 [T, H, 576], cache [pages, page, 576]."""
+    from winnow.kernels.mla_prefill import mla_prefill as kernel
+
+    page, chosen = cache.shape[1], selection.indices.long()
+    queries = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    owner = torch.arange(len(queries), device=q.device).repeat_interleave(queries, output_size=len(q))
+    place = chosen.clamp(min=0)
+    slots = block_table.long()[owner].gather(1, place // page) * page + place % page
+    return kernel(q, cache.view(-1, cache.shape[2]), torch.where(chosen >= 0, slots, -1).int(), scale)
+
+
 def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     """As ops.indexer_logits: the keys are one page."""
     from winnow.kernels.indexer_logits import indexer_logits_prefill
