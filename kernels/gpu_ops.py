@@ -104,7 +104,10 @@ def select_paged(q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_l
     from winnow.kernels.decode_select import select_decode
 
     width = block_table.shape[1] * cache.shape[1]
-    return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width))
+    check = (
+        not torch.cuda.is_current_stream_capturing()
+    )  # a graph cannot wait for the device: a NaN there is not noticed
+    return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width, check=check))
 
 
 def select_rows(
