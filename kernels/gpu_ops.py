@@ -104,9 +104,8 @@ def select_paged(q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_l
     from winnow.kernels.decode_select import select_decode
 
     width = block_table.shape[1] * cache.shape[1]
-    check = (
-        not torch.cuda.is_current_stream_capturing()
-    )  # a graph cannot wait for the device: a NaN there is not noticed
+    # A graph cannot wait for the device: a NaN there is not noticed.
+    check = not (q.is_cuda and torch.cuda.is_current_stream_capturing())
     return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width, check=check))
 
 
