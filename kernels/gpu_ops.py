@@ -7,6 +7,7 @@ selection.py, and prefill and decode give equal bits for equal inputs, so that a
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from winnow.kernels.selection import Selection, window_selection
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCORE_BUDGET = 1 << 25  # fp32 scores of one piece of a prefill: 128 MiB
+EXACT_SPLIT, EXACT_STEP = 512, 64  # positions per program and step of a decode whose bits depend on no batch
 
 
 def takes_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
@@ -43,16 +45,25 @@ def takes_index(q: Tensor | None, cache: Tensor | None, paged: bool = False) -> 
 
 
 def sparse_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None, scale: float,
+    scratch: dict[Any, Any] | None = None, exact: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ops.sparse_decode. fp32 takes smaller tiles: four bytes a number."""
-    from winnow.kernels.gqa_decode import gqa_decode
+    from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace, splits_of
 
     indices, counts = (None, None) if selection is None else (selection.indices, selection.counts)
     narrow = q.dtype == torch.float32 and q.is_cuda and q.shape[2] <= 128  # wider ones: `plan` knows what fits the chip
+    split, block_n = (EXACT_SPLIT, EXACT_STEP) if exact else (None, 32 if narrow else None)
+    work = None
+    if scratch is not None:
+        splits = splits_of(q, k_cache, block_table, indices, split)
+        key = ("sparse_decode", *q.shape, splits)
+        if key not in scratch:
+            scratch[key] = gqa_decode_workspace(*q.shape[:2], k_cache.shape[2], q.shape[2], splits, q.device)
+        work = scratch[key]
     return gqa_decode(
-        q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale,
-        block_n=32 if narrow else None, num_stages=2 if narrow else None,
+        q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale, workspace=work, split=split,
+        block_n=block_n, num_stages=2 if narrow else None,
     )  # fmt: skip
 
 
@@ -70,12 +81,22 @@ def topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:
     return Selection(*choose(scores.contiguous(), lengths.to(torch.int32), k))
 
 
-def select_paged(q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int) -> Selection:
+def select_paged(
+    q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int,
+    scratch: dict[Any, Any] | None = None, faults: Tensor | None = None,
+) -> Selection:  # fmt: skip
     """As ops.select_paged with the indexer: q [B, H_I, D_I], one query a sequence."""
-    from winnow.kernels.decode_select import select_decode
+    from winnow.kernels.decode_select import select_decode, select_workspace
 
     width = block_table.shape[1] * cache.shape[1]
-    return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width))
+    work = None
+    if scratch is not None and faults is not None:
+        key = ("select_paged", len(q), width, top_k)
+        if key not in scratch:
+            scratch[key] = select_workspace(len(q), width, top_k, q.device) | {"bad": faults}
+        work = scratch[key]
+    chosen = select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width, workspace=work, check=work is None)
+    return Selection(*chosen)
 
 
 def select_rows(

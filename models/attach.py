@@ -150,7 +150,10 @@ def indexer_config(model: Any) -> IndexerConfig | None:
 
 
 def cache_shape(model: Any) -> dict[str, Any]:
-    """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments."""
+    """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments.
+
+    Indexer keys are kept in the model's own dtype: what is compared is rounded the same way in training (`Layer.scored`).
+    """
     config, indexer = model.config, indexer_config(model)
     heads = config.num_attention_heads
     layers = range(config.num_hidden_layers)
@@ -159,6 +162,7 @@ def cache_shape(model: Any) -> dict[str, Any]:
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "index_dim": indexer.head_dim if indexer else 0,
+        "index_dtype": model.get_output_embeddings().weight.dtype,
         "index_layers": [i for i in layers if indexer.leader_of(i) == i] if indexer else [],
     }
     return shape | {"latent_dim": latent_width(config)} if is_native(config) else shape

@@ -64,11 +64,16 @@ class Layer:
         return self.served.projected
 
     def scored(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-        """q, k, w for the selection, without gradient; nothing for the floors."""
+        """q, k, w for the selection, without gradient; nothing for the floors.
+
+        q and k in the dtype that the model computes in, which is that of the cached keys: learner and engine then compare the same scores.
+        """
         if self.ctx.selector != "indexer":
             return None, None, None
+        assert self.served is not None
         q, k, w = self.project()
-        return q.detach(), k.detach(), w.detach()
+        kind = self.served.inputs[0].dtype
+        return q.detach().to(kind), k.detach().to(kind), w.detach()
 
     def select(self) -> Selection | None:
         """The sets of this layer's queries, replayed, shared or chosen now, and recorded; None: every s <= t. Call it once a pass."""
@@ -102,7 +107,8 @@ class Layer:
             return ops.select_packed(q, k, w, ctx.cu_seqlens, ctx.positions, top_k, ctx.selector)
         pages = ctx.cache.index[self.index] if ctx.selector == "indexer" else None
         if ctx.mode == "decode":
-            return ops.select_paged(q, pages, w, ctx.block_table, ctx.seq_lens, top_k, ctx.selector)
+            waiting = (ctx.scratch, ctx.faults)
+            return ops.select_paged(q, pages, w, ctx.block_table, ctx.seq_lens, top_k, ctx.selector, *waiting)
         return ops.select_prefill(
             q, pages, w, ctx.cu_seqlens, ctx.positions, ctx.block_table, ctx.seq_lens, top_k, ctx.selector
         )
