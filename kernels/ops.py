@@ -120,6 +120,18 @@ def sparse_decode(
     return torch_attention.decode_attention(q, k_cache, v_cache, block_table, seq_lens, selection, scale)
 
 
+def sparse_rows(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor,
+    selection: Selection | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `sparse_prefill` for queries at positions int64 [T], each with the bits that `sparse_decode(..., exact=True)` gives it alone."""
+    rows = torch.arange(len(cu_seqlens) - 1, device=q.device).repeat_interleave(
+        (cu_seqlens[1:] - cu_seqlens[:-1]).to(q.device), output_size=len(q)
+    )
+    seen = (positions + 1).to(torch.int32)
+    return sparse_decode(q, k_cache, v_cache, block_table[rows], seen, selection, scale, None, True)
+
+
 def mla_decode(
     q: Tensor, cache: Tensor, rank: int, block_table: Tensor, seq_lens: Tensor, selection: Selection | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -164,7 +176,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = 
     if exact and x.is_cuda:
         from winnow.kernels import invariant
 
-        return invariant.linear(x, weight, bias)
+        small = {"block_k": 32, "num_stages": 3} if x.dtype == torch.float32 else {}  # four bytes a number
+        return invariant.linear(x, weight, bias, **small)
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -87,6 +87,9 @@ def attend_cached(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     if ctx.mode == "decode":
         pages = (cache.k[layer.index], cache.v[layer.index])
         return ops.sparse_decode(q, *pages, ctx.block_table, ctx.seq_lens, selection, scale, ctx.scratch, ctx.exact)[0]
+    if ctx.exact:  # a query of a prefill as the decode step would have computed it
+        pages = (cache.k[layer.index], cache.v[layer.index])
+        return ops.sparse_rows(q, *pages, ctx.cu_seqlens, ctx.positions, ctx.block_table, selection, scale)[0]
     if ctx.fresh:
         return ops.sparse_attention(q, k, v, ctx.cu_seqlens, selection, scale)[0]
     pages = (cache.k[layer.index], cache.v[layer.index])

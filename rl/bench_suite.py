@@ -15,11 +15,15 @@ as soon as it is measured; the table at the end divides rows of the same name.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -305,8 +309,6 @@ def vllm_rows(shape: str, rows: Sequence[tuple[int, int]], note: Callable[[dict[
 
 
 def _read_rows(process: subprocess.Popen[str], deadline: float, note: Callable[[dict[str, Any]], None]) -> None:
-    import threading
-
     assert process.stdout is not None
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
     timer.start()
@@ -323,13 +325,8 @@ def _read_rows(process: subprocess.Popen[str], deadline: float, note: Callable[[
 
 def _end(process: subprocess.Popen[str]) -> None:
     """Ends the process and those that it started: it leads a session of its own."""
-    import os
-    import signal
-
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait(timeout=30)
 
 

@@ -34,6 +34,8 @@ from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
 
+SCORED = 256  # rows of logits of one piece of an exact scoring
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -225,12 +227,24 @@ class Engine:
                 self.scheduler.take_pages(span, start + count, anyone=True)
                 hidden = self._prefill_forward([span], [count])
                 targets = torch.tensor(span.tokens[start + 1 : start + count + 1], device=self.device)
-                weight = lm_head_weight(self.model)
-                logprobs, _ = ops.token_logprobs(hidden[: len(targets)], weight, targets, temperature, None)
+                logprobs = self._score(hidden[: len(targets)], targets, temperature)
                 result[start + 1 : start + 1 + len(targets)] = logprobs.cpu().numpy()
         finally:
             self.cache.free(span.pages)
         return result
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities fp32 [T] of targets int64 [T]; in exact mode by the very kernel that drew them."""
+        weight = lm_head_weight(self.model)
+        if not (self.config.exact and self.fused):
+            return ops.token_logprobs(hidden, weight, targets, temperature, None)[0]
+        parts = []
+        for some, wanted in zip(hidden.split(SCORED), targets.split(SCORED), strict=True):
+            warm = torch.full((len(some),), temperature, dtype=torch.float32, device=self.device)
+            logprobs, faults = torch.empty_like(warm), torch.zeros(1, dtype=torch.int32, device=self.device)
+            ops.draw(ops.linear(some, weight, None, True), warm, warm.double(), wanted, logprobs, faults, given=True)
+            parts.append(logprobs)
+        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
     def _start(self, sequences: list[Sequence]) -> list[Sequence]:
         """First tokens of samples whose prompt is prefilled; returns those that ended with it."""
