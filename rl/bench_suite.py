@@ -16,6 +16,7 @@ as soon as it is measured; the table at the end divides rows of the same name.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -331,6 +332,8 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _settle(device: torch.device) -> None:
+    """Waits for the device and gives the memory of engines that are gone back: a row may need nearly all of it."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
