@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.kernels.packing import on_host
 from winnow.kernels.selection import Selection, window_selection
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCORE_BUDGET = 1 << 25  # fp32 scores of one piece of a prefill: 128 MiB
+SCORE_BUDGET = 1 << 26  # fp32 scores of one piece of a prefill: 256 MiB, and 1 GiB of candidates
 EXACT_SPLIT, EXACT_STEP = 512, 64  # positions per program and step of a decode whose bits depend on no batch
 
 
@@ -65,6 +66,21 @@ def sparse_decode(
         q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale, workspace=work, split=split,
         block_n=block_n, num_stages=2 if narrow else None,
     )  # fmt: skip
+
+
+def sparse_prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.sparse_prefill. The contexts' pages are copied side by side: 4 H_kv D bytes a token, next to nothing beside the products."""
+    from winnow.kernels.sparse_prefill import context_prefill
+
+    page, contexts = k_cache.shape[1], on_host(seq_lens)
+    counts = [-(-length // page) for length in contexts]
+    starts = [page * n for n in itertools.accumulate([0, *counts[:-1]])]
+    pages = torch.cat([row[:count] for row, count in zip(block_table, counts, strict=True)])
+    k, v = (cache.index_select(0, pages).flatten(0, 1) for cache in (k_cache, v_cache))
+    return context_prefill(q, k, v, cu_seqlens, tuple(zip(starts, contexts, strict=True)), selection, scale)
 
 
 def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
@@ -135,12 +151,12 @@ def select_prefill(
     q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int
 ) -> Selection:  # fmt: skip
     """As ops.select_prefill with the indexer."""
-    return select_rows(q, cache, w, cu_seqlens.tolist(), block_table, seq_lens.tolist(), positions, top_k)
+    return select_rows(q, cache, w, on_host(cu_seqlens), block_table, on_host(seq_lens), positions, top_k)
 
 
 def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int) -> Selection:
     """As ops.select_packed with the indexer: keys k [T, D_I] packed like the queries, every sequence a page of its own."""
-    bounds = cu_seqlens.tolist()
+    bounds = on_host(cu_seqlens)
     selection = window_selection(positions, top_k)
     table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
     for a, b in itertools.pairwise(bounds):

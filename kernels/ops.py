@@ -98,6 +98,8 @@ def sparse_prefill(
     selection: Selection | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Packed queries at the end of their paged contexts (already written, these tokens included). Inference only."""
+    if gpu_ops.takes_attention(q, k_cache, v_cache) and not torch.is_grad_enabled():
+        return gpu_ops.sparse_prefill(q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale)
     return torch_attention.paged_context_attention(
         q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale
     )

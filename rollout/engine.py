@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import ops
-from winnow.kernels.packing import round_up
+from winnow.kernels.packing import known, round_up
 from winnow.models import inference
 from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.context import ForwardContext
@@ -350,8 +350,8 @@ class Engine:
         context = ForwardContext(
             mode=mode,
             positions=move(positions, np.int64),
-            cu_seqlens=move(offsets, np.int32),
-            seq_lens=move(lengths, np.int32),
+            cu_seqlens=known(move(offsets, np.int32), offsets.tolist()),
+            seq_lens=known(move(lengths, np.int32), lengths.tolist()),
             block_table=move(table, np.int32),
             slot_mapping=move(slots, np.int64),
             cache=self.cache,
