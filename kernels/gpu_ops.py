@@ -60,7 +60,7 @@ def sparse_decode(
         splits = splits_of(q, k_cache, block_table, indices, split)
         key = ("sparse_decode", *q.shape, splits)
         if key not in scratch:
-            scratch[key] = gqa_decode_workspace(*q.shape[:2], k_cache.shape[2], q.shape[2], splits, q.device)
+            scratch[key] = gqa_decode_workspace(len(q), q.shape[1], k_cache.shape[2], q.shape[2], splits, q.device)
         work = scratch[key]
     return gqa_decode(
         q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale, workspace=work, split=split,

@@ -44,16 +44,17 @@ def index_rows(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     heads, dim, rope = shape
     step = cos.shape[-1] // rope if rope else 1
-    angles = tuple(x[:, : cos.shape[-1] // 2 : step].float() if rope else x[:, :0].float() for x in (cos, sin))
+    last = cos.shape[-1] // 2 if rope else 0
+    c, s = cos[:, :last:step].float(), sin[:, :last:step].float()
     keys = proj[:, heads * dim : heads * dim + dim] if queries else proj
     k = torch.nn.functional.layer_norm(keys, (dim,), norm[0], norm[1], norm[2])
-    k = _turn_part(k, *angles, layout).to(cache.dtype)
+    k = _turn_part(k, c, s, layout).to(cache.dtype)
     cache.view(-1, dim)[slots] = k
     kept = k if keep else None
     if not queries:
         return None, kept, None
     q = proj[:, : heads * dim].unflatten(-1, (heads, dim))
-    q = _turn_part(q, *(x[:, None] for x in angles), layout).to(cache.dtype)
+    q = _turn_part(q, c[:, None], s[:, None], layout).to(cache.dtype)
     return q, kept, proj[:, heads * dim + dim :] * (heads * dim) ** -0.5
 
 

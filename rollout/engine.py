@@ -81,6 +81,7 @@ class Engine:
             device=self.device,
         )
         ends = set(end_ids) | _end_ids(model, tokenizer)
+        self._end_ids = frozenset(ends)
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self.version = 0
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0, "prefill_steps": 0, "decode_steps": 0}
@@ -404,23 +405,26 @@ class Engine:
         rows = self.scheduler.slots
         rows.length[slots] += 1
         rows.last[slots] = drawn.tokens
-        at_end = np.isin(drawn.tokens, self._ends).tolist()
-        full = (rows.length[slots] >= rows.limit[slots]).tolist()
+        at_end = np.isin(drawn.tokens, self._ends)
+        over = (at_end | (rows.length[slots] >= rows.limit[slots])).tolist()
         ended = []
-        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-        for row, sequence in enumerate(sequences):
+        # A step of hundreds of sequences is a few milliseconds on a GPU: this loop does only what every token needs.
+        for sequence, token, logprob, ends in zip(
+            sequences, drawn.tokens.tolist(), drawn.logprobs.tolist(), over, strict=True
+        ):
             sequence.num_cached = len(sequence.tokens)
-            sequence.tokens.append(tokens[row])
-            sequence.logprobs.append(logprobs[row])
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
             sequence.versions.append(self.version)
-            if drawn.kept is not None and (kept := drawn.kept[row]) is not None:
-                sequence.kept.append((len(sequence.tokens) - 1, kept))
-            if at_end[row] or (sequence.sampling.stop and self._stop_text(sequence)):
-                sequence.finish = "stop"
-            elif full[row]:
-                sequence.finish = "length"
-            if sequence.finish is not None:
+            if ends or (sequence.sampling.stop and self._stop_text(sequence)):
                 ended.append(sequence)
+        if drawn.kept is not None:
+            for sequence, kept in zip(sequences, drawn.kept, strict=True):
+                if kept is not None:
+                    sequence.kept.append((len(sequence.tokens) - 1, kept))
+        for sequence in ended:
+            text = sequence.tokens[-1] in self._end_ids or (sequence.sampling.stop and self._stop_text(sequence))
+            sequence.finish = "stop" if text else "length"
         if ended:
             self.scheduler.retire(ended)
             if self.decoding is not None:
