@@ -200,6 +200,12 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument(
         "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
     )
+    bench.add_argument(
+        "--suite",
+        nargs="+",
+        metavar="PART",
+        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them",
+    )
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")
