@@ -17,6 +17,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCORE_BUDGET = 1 << 25  # fp32 scores of one piece of a prefill: 128 MiB
 
 
+def round_up(length: int) -> int:
+    """The power of two, 1024 at least, that holds `length`: kernels are compiled for these widths and not for every length."""
+    return max(1024, 1 << (length - 1).bit_length())
+
+
 def takes_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     return (
         q.is_cuda
@@ -56,6 +61,30 @@ def sparse_decode(
     )  # fmt: skip
 
 
+def sparse_prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, block_table: Tensor, seq_lens: Tensor,
+    selection: Selection | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.sparse_prefill."""
+    from winnow.kernels.paged_prefill import paged_prefill
+
+    return paged_prefill(q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale)
+
+
+def mla_prefill(
+    q: Tensor, cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.mla_prefill over sets: the cache's slots are the packed rows of the kernel. q bf16 [T, H, 576], cache [pages, page, 576]."""
+    from winnow.kernels.mla_prefill import mla_prefill as kernel
+
+    page, chosen = cache.shape[1], selection.indices.long()
+    queries = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    owner = torch.arange(len(queries), device=q.device).repeat_interleave(queries, output_size=len(q))
+    place = chosen.clamp(min=0)
+    slots = block_table.long()[owner].gather(1, place // page) * page + place % page
+    return kernel(q, cache.view(-1, cache.shape[2]), torch.where(chosen >= 0, slots, -1).int(), scale)
+
+
 def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     """As ops.indexer_logits: the keys are one page."""
     from winnow.kernels.indexer_logits import indexer_logits_prefill
@@ -75,7 +104,9 @@ def select_paged(q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_l
     from winnow.kernels.decode_select import select_decode
 
     width = block_table.shape[1] * cache.shape[1]
-    return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width))
+    # A graph cannot wait for the device: a NaN there is not noticed.
+    check = not (q.is_cuda and torch.cuda.is_current_stream_capturing())
+    return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width, check=check))
 
 
 def select_rows(
@@ -98,9 +129,7 @@ def select_rows(
             b = min(a + step, bounds[i + 1])
             ends = positions[a:b].to(torch.int32) + 1
             seen = keys - (bounds[i + 1] - b)  # what the piece's last query sees
-            scores = torch.empty(
-                b - a, -(-seen // 4) * 4, dtype=torch.float32, device=q.device
-            )  # rows of whole vectors
+            scores = torch.empty(b - a, round_up(seen), dtype=torch.float32, device=q.device)
             indexer_logits_prefill(q[a:b], cache, w[a:b], tables[i], seen, ends, scores)
             work = topk_workspace(b - a, scores.shape[1], top_k, q.device)
             choose(scores, ends, top_k, selection.indices[a:b], selection.counts[a:b], work, check=False)
@@ -119,13 +148,13 @@ def select_prefill(
 
 def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int) -> Selection:
     """As ops.select_packed with the indexer: keys k [T, D_I] packed like the queries, every sequence a page of its own."""
-    bounds = cu_seqlens.tolist()
+    bounds, dim = cu_seqlens.tolist(), k.shape[1]
     selection = window_selection(positions, top_k)
     table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
     for a, b in itertools.pairwise(bounds):
         if b - a > top_k:
-            part = select_rows(
-                q[a:b], k[a:b].contiguous()[None], w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k
-            )
+            keys = k.new_zeros(1, round_up(b - a), dim)
+            keys[0, : b - a] = k[a:b]
+            part = select_rows(q[a:b], keys, w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k)
             selection.indices[a:b], selection.counts[a:b] = part.indices, part.counts
     return selection

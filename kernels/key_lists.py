@@ -27,8 +27,9 @@ BITMAP_BYTES = 1 << 27  # of one piece
 class Blocks:
     """Blocks of up to `size` neighbouring queries of one sequence, in packed order.
 
-    first, rows, origin int32 [blocks]: first packed row, number of queries, first packed row of the sequence; row_origin int32 [T].
-    host holds (first, rows, origin) as Python lists.
+    first, rows int32 [blocks]: first packed row, number of queries; place, origin int32 [blocks]: the keys' rows of the block's first query
+    and of its sequence's first token; row_origin int32 [T]: a query's packed row less its position. A training block's place is its first:
+    keys are packed like queries. host holds (first, rows, origin, place) as Python lists; longest: tokens of the longest context.
     """
 
     size: int
@@ -36,7 +37,8 @@ class Blocks:
     rows: Tensor
     origin: Tensor
     row_origin: Tensor
-    host: tuple[list[int], list[int], list[int]]
+    place: Tensor
+    host: tuple[list[int], list[int], list[int], list[int]]
     longest: int
 
     def __len__(self) -> int:
@@ -87,28 +89,39 @@ def all_kept(kept: list[Lists]) -> list[Lists] | None:
     return kept if kept and kept[-1].end == len(kept[-1].blocks) else None
 
 
-def query_blocks(cu_seqlens: Tensor, size: int) -> Blocks:
-    """Cut packed sequences into blocks of `size` queries. Waits for cu_seqlens when it is on a GPU."""
-    return _query_blocks(tuple(cu_seqlens.tolist()), size, str(cu_seqlens.device))
+def query_blocks(cu_seqlens: Tensor, size: int, contexts: Tensor | None = None) -> Blocks:
+    """Cut packed sequences into blocks of `size` queries. Waits for cu_seqlens when it is on a GPU.
+
+    contexts int [n]: the queries are the last of contexts of so many tokens, whose keys are packed one after the other.
+    """
+    known = None if contexts is None else tuple(contexts.tolist())
+    return _query_blocks(tuple(cu_seqlens.tolist()), known, size, str(cu_seqlens.device))
 
 
 @lru_cache(maxsize=16)
-def _query_blocks(bounds: tuple[int, ...], size: int, device: str) -> Blocks:
+def _query_blocks(bounds: tuple[int, ...], contexts: tuple[int, ...] | None, size: int, device: str) -> Blocks:
+    lengths = [b - a for a, b in pairwise(bounds)]
+    keys = lengths if contexts is None else list(contexts)
     first: list[int] = []
     rows: list[int] = []
     origin: list[int] = []
-    for a, b in pairwise(bounds):
-        for start in range(a, b, size):
+    place: list[int] = []
+    shifts: list[int] = []  # packed row less position
+    begin = bounds[0] if contexts is None else 0
+    for a, length, context in zip(bounds, lengths, keys, strict=False):
+        for start in range(a, a + length, size):
             first.append(start)
-            rows.append(min(size, b - start))
-            origin.append(a)
-    lengths = torch.tensor([b - a for a, b in pairwise(bounds)], dtype=torch.int64)
-    row_origin = torch.tensor(bounds[:-1], dtype=torch.int32).repeat_interleave(lengths)
+            rows.append(min(size, a + length - start))
+            origin.append(begin)
+            place.append(begin + context - length + start - a)
+        shifts.append(a - (context - length))
+        begin += context
+    row_origin = torch.tensor(shifts, dtype=torch.int32).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
     with torch.inference_mode(False):
-        on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first, rows, origin)]
+        on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first, rows, origin, place)]
         return Blocks(
-            size=size, first=on_device[0], rows=on_device[1], origin=on_device[2], row_origin=row_origin.to(device),
-            host=(first, rows, origin), longest=int(lengths.max()) if len(lengths) else 0,
+            size=size, first=on_device[0], rows=on_device[1], origin=on_device[2], row_origin=row_origin.to(device), place=on_device[3],
+            host=(first, rows, origin, place), longest=max(keys, default=0),
         )  # fmt: skip
 
 
@@ -223,12 +236,12 @@ def _offsets(counts: Tensor, unit: int) -> tuple[Tensor, list[int]]:
 
 def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
     device = blocks.first.device
-    counts = [first + rows - origin for first, rows, origin in zip(*(x[a:b] for x in blocks.host), strict=True)]
+    counts = [place + rows - origin for _, rows, origin, place in zip(*(x[a:b] for x in blocks.host), strict=True)]
     ends = [0, *accumulate(-(-count // unit) * unit for count in counts)]
     offsets = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
     block = torch.arange(b - a, device=device).repeat_interleave(offsets[1:] - offsets[:-1], output_size=ends[-1])
     keys = torch.arange(ends[-1], dtype=torch.int32, device=device) + (blocks.origin[a:b] - offsets[:-1])[block]
-    last = (blocks.first[a:b] + blocks.rows[a:b])[block]
+    last = (blocks.place[a:b] + blocks.rows[a:b])[block]
     return Lists(blocks, a, b, keys.masked_fill_(keys >= last, -1), offsets, None, ends)
 
 

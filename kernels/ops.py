@@ -95,6 +95,8 @@ def sparse_prefill(
     selection: Selection | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Packed queries at the end of their paged contexts (already written, these tokens included). Inference only."""
+    if gpu_ops.takes_attention(q, k_cache, v_cache) and k_cache.is_contiguous() and v_cache.is_contiguous():
+        return gpu_ops.sparse_prefill(q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale)
     return torch_attention.paged_context_attention(
         q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale
     )
@@ -136,6 +138,9 @@ def mla_prefill(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `mla_decode`, for packed queries [T, H, rank + rope] at the end of their paged contexts (these included). Inference only."""
+    fits = q.dtype == cache.dtype == torch.bfloat16 and (rank, q.shape[-1]) == (512, 576) and cache.is_contiguous()
+    if q.is_cuda and fits and selection is not None:
+        return gpu_ops.mla_prefill(q, cache, block_table, cu_seqlens, seq_lens, selection, scale)
     shared = cache[:, :, None]
     out, lse = sparse_prefill(q, shared, shared, cu_seqlens, block_table, seq_lens, selection, scale)
     return out[..., :rank], lse

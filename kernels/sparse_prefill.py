@@ -48,7 +48,7 @@ def tile_mask(
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, keys, bits, offsets, first, rows, origin, begin, blocks, scale_log2,
+    q, k, v, out, lse, keys, bits, offsets, first, place, rows, origin, begin, blocks, scale_log2,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, DENSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,8 @@ def _forward(
     if UPCAST:
         query = query.to(tl.float32)
     member = tl.arange(0, BLOCK_Q * PACK) // PACK
-    row = row0 + member
+    own = tl.load(place + begin + block)  # the key that the first query is
+    row = own + member
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     start, stop = tl.load(offsets + block), tl.load(offsets + block + 1)
     top = tl.full([BLOCK_Q * PACK], float("-inf"), tl.float32)
@@ -68,7 +69,7 @@ def _forward(
     for entry in range(start, stop, BLOCK_N):
         if DENSE:
             key = base + entry - start + n
-            there = key < row0 + num
+            there = key < own + num
         else:
             key = tl.load(keys + entry + n)
             there = key >= 0
@@ -134,13 +135,13 @@ def forward_piece(
     scale: float,
     plan: tuple[int, int, int, int],
 ) -> None:
-    """Fill out [T, H, D] and lse fp32 [T, H] for the queries of one piece. All contiguous."""
+    """Fill out [T, H, D] and lse fp32 [T, H] for the queries of one piece. All contiguous; k and v [rows, Hkv, D], as the lists name them."""
     kv_heads, dim = k.shape[1:]
     group = q.shape[1] // kv_heads
     blocks = lists.end - lists.begin
     host = lists.blocks
     _forward[(blocks * kv_heads,)](
-        q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, host.first, host.rows, host.origin, lists.begin, blocks,
+        q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, host.first, host.place, host.rows, host.origin, lists.begin, blocks,
         scale * LOG2E,
         HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_Q=host.size, BLOCK_N=plan[1], DENSE=lists.bits is None, UPCAST=q.device.type == "cpu",

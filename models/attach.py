@@ -160,6 +160,7 @@ def cache_shape(model: Any) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "index_dim": indexer.head_dim if indexer else 0,
         "index_layers": [i for i in layers if indexer.leader_of(i) == i] if indexer else [],
+        "index_dtype": model.dtype if model.dtype.itemsize < 4 else torch.float32,  # as `rounded` leaves the keys
     }
     return shape | {"latent_dim": latent_width(config)} if is_native(config) else shape
 

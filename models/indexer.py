@@ -2,7 +2,8 @@
 
     q = RoPE(W_q x) [T, H_I, D_I]     k = RoPE(LayerNorm(W_k x)) [T, D_I]     w = W_w x * H_I^-1/2 * D_I^-1/2 [T, H_I]
 
-One key per token serves every index head. RoPE turns the first `rope_dim` dims with the model's own angles. Always fp32.
+One key per token serves every index head. RoPE turns the first `rope_dim` dims with the model's own angles. Weights and arithmetic are
+fp32; q and k of a model in 16 bits are rounded to its dtype at the end, so that cache and tensor cores take them, learner and engine alike.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return torch.cat((turned, rest), dim=-1)
 
 
+def rounded(x: Tensor, like: Tensor) -> Tensor:
+    """x fp32 in the dtype of the model's hidden states where that has 16 bits."""
+    return x.to(like.dtype) if like.element_size() < 4 else x
+
+
 class Indexer(nn.Module):
     """`calls` counts how often queries were scored, so that a test can see that short contexts and replay leave the indexer alone."""
 
@@ -109,16 +115,16 @@ class Indexer(nn.Module):
         """hidden [T, C], cos and sin [T, D] -> [T, D_I]."""
         cos, sin = rest
         k = self.k_norm(self.wk(hidden.float()))
-        return self._rotate(k, cos, sin)
+        return rounded(self._rotate(k, cos, sin), hidden)
 
     def queries(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [T, C], cos and sin [T, D] -> q [T, H_I, D_I], w [T, H_I]."""
         self.calls += 1
         cos, sin = rest
-        hidden = hidden.float()
-        q = self.wq(hidden).view(-1, self.config.num_heads, self.config.head_dim)
-        w = self.ww(hidden) * (self.config.num_heads * self.config.head_dim) ** -0.5
-        return self._rotate(q, cos, sin), w
+        wide = hidden.float()
+        q = self.wq(wide).view(-1, self.config.num_heads, self.config.head_dim)
+        w = self.ww(wide) * (self.config.num_heads * self.config.head_dim) ** -0.5
+        return rounded(self._rotate(q, cos, sin), hidden), w
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's inputs [T, ...], detached by the caller -> q [T, H_I, D_I], k [T, D_I], w [T, H_I]."""

@@ -107,7 +107,7 @@ def _kl_inputs(
     def draw(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=kind)
 
-    q, k, w = draw(length, *indexer), draw(length, indexer[1]), draw(length, indexer[0])
+    q, k, w = draw(length, *indexer, kind=dtype), draw(length, indexer[1], kind=dtype), draw(length, indexer[0])
     attn_q, attn_k = draw(length, heads[0], heads[2], kind=dtype), draw(length, heads[1], heads[2], kind=dtype)
     cu = torch.tensor([0, length], dtype=torch.int32, device=device)
     lse = ops.sparse_attention(attn_q, attn_k, attn_k, cu, None, heads[2] ** -0.5)[1]
@@ -123,7 +123,7 @@ def _materialising(q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tens
     causal = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril()
     scores = torch.zeros(len(q), len(q), device=q.device)
     for head in range(q.shape[1]):
-        scores = scores + w[:, head, None] * torch.relu(q[:, head] @ k.T)
+        scores = scores + w[:, head, None] * torch.relu(q[:, head].float() @ k.float().T)
     log_model = torch.log_softmax(scores.masked_fill(~causal, -torch.inf), -1)
     with torch.no_grad():
         target = torch.zeros_like(scores)

@@ -86,6 +86,13 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "--k", type=positive_list, default=[], metavar="K,K", help="the table's top_k, e.g. 256,512 (top_k alone)"
     )
+    convert.add_argument(
+        "--limit-s",
+        type=positive,
+        default=None,
+        metavar="S",
+        help="--table: leave out what would take longer; the same command goes on",
+    )
     for name, shipped, text in (
         ("train", "coding, smollm2, train", "one RL run: a specialist or the mixed stage"),
         (

@@ -23,7 +23,8 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.table:
         from winnow.rl.ablation import as_markdown, convert_table
 
-        print(as_markdown(convert_table(arguments.model, arguments.out, options, arguments.k or [options.top_k], say)))
+        ks = arguments.k or [options.top_k]
+        print(as_markdown(convert_table(arguments.model, arguments.out, options, ks, say, arguments.limit_s)))
         return
     run(arguments.model, arguments.out, options, progress=say)
 
