@@ -44,10 +44,10 @@ def save_checkpoint(
     """
     try:
         target = _write(root, step, fill, dict(meta or {}))
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error:  # torch's own writer raises a plain RuntimeError where the disk is full
         shutil.rmtree(root / f".tmp-step-{step:06d}", ignore_errors=True)
-        if not isinstance(error, OSError) and "write" not in str(error):
-            raise
+        if not isinstance(error, OSError) and type(error) is not RuntimeError:
+            raise  # not the disk's: a learner that died, say
         last, free = latest_checkpoint(root), shutil.disk_usage(_existing(root)).free
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {root} ({error}; {free / 2**30:.2f} GiB free there): free some space, "

@@ -214,7 +214,6 @@ def connect(config: Config) -> Iterator[Cluster]:
     if config.cluster.address == HERE:
         from winnow.rl.here import here
 
-        check_placement(config)
         with here(config) as cluster:
             yield cluster
         return
@@ -260,7 +259,7 @@ def ray_session(config: Config) -> Iterator[None]:
 
 def check_placement(config: Config) -> None:
     """Raises ConfigError, before Ray starts, for what this machine alone cannot offer. A cluster that is joined is asked itself."""
-    if config.cluster.address != HERE and (os.environ.get("RAY_ADDRESS") or config.cluster.address != "local"):
+    if os.environ.get("RAY_ADDRESS") or config.cluster.address != "local":
         return
     if config.cluster.strategy == "STRICT_SPREAD" and config.rollout.workers > 1:
         raise ConfigError(

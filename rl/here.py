@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from winnow.rl.cluster import Cluster, worker_spec
-from winnow.rl.config import Config
+from winnow.rl.config import Config, ConfigError
 from winnow.rl.learner import Learner
 from winnow.rollout.local_pool import LocalPool
 from winnow.rollout.weights import WeightError, untied
@@ -56,6 +56,12 @@ def check_equal(held: Mapping[str, Tensor], sent: Mapping[str, Tensor], version:
 @contextmanager
 def here(config: Config) -> Iterator[Cluster]:
     """The cluster of a run that stays in this process."""
+    asked = max(config.cluster.learner_gpus, config.cluster.worker_gpus)
+    if asked and not torch.cuda.is_available():
+        raise ConfigError(
+            "cluster.learner_gpus or cluster.worker_gpus asks for a GPU, but torch sees none here: set both to 0, or install a torch built "
+            "for CUDA"
+        )
     cluster = Cluster(LocalLearner(config), DevicePool(worker_spec(config)), lambda: None)
     try:
         yield cluster

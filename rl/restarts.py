@@ -29,7 +29,9 @@ def restarted(train: Train) -> Train:
             except LearnerDied as death:
                 if not left:
                     raise
-                progress(f"{death}\nthe learner is started again ({left} of {config.learner.restarts} restarts left)")
+                progress(
+                    f"{death}\nthe learner is started again (restart {config.learner.restarts - left + 1} of {config.learner.restarts})"
+                )
             if cluster is not None:
                 cluster.revive()
             config = dataclasses.replace(config, resume=True)

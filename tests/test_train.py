@@ -344,7 +344,11 @@ def test_a_dead_learner_is_replaced_where_asked_and_the_run_is_the_same(make: Ca
         lent = Cluster(dying, pool, lambda: None, revive)  # type: ignore[arg-type]
         said: list[str] = []
         result = train(config2, lent, said.append)
-        assert revived == [1] and result["status"] == "done" and any("started again (0 of 1" in text for text in said)
+        assert (
+            revived == [1]
+            and result["status"] == "done"
+            and any("started again (restart 1 of 1)" in text for text in said)
+        )
         tensors = load(result["checkpoint"]).state_dict()
         assert all(torch.equal(straight[name], tensors[name]) for name in straight)
         assert [row["step"] for row in lines(config2)] == [0, 1, 2, 3, 4]
