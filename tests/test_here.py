@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from winnow.models.attach import attach
+from winnow.models.attach import attach, is_converted
 from winnow.models.indexer import IndexerConfig
-from winnow.models.load import save
+from winnow.models.load import load, load_tokenizer, save
 from winnow.rewards.demonstrations import pretraining_texts
 from winnow.rl.base import BaseOptions, make_model, make_tokenizer
 from winnow.rl.cli import main
@@ -52,6 +52,23 @@ def test_a_run_without_ray_trains_resumes_and_exports(
     )  # the engine has the new weights
     assert main(["train", str(file), "--dry-run"]) == 0
     assert "by turns in this process, without a GPU; no Ray" in capsys.readouterr().out
+    run, out = tmp_path / "r", tmp_path / "plain"
+    assert main(["export", str(run), str(out), "--best", "--dtype", "bfloat16"]) == 0
+    assert not (out / "learner.pt").exists() and is_converted(load(out)) and load_tokenizer(out) is not None
+    origin = json.loads((out / "export.json").read_text())
+    assert origin["checkpoint"] == json.loads((run / "result.json").read_text())["best"] and "held_out" in origin
+    assert main(["export", str(run), str(tmp_path / "dense"), "--step", "3", "--dense"]) == 0
+    dense, trained = load(tmp_path / "dense"), load(run / "checkpoints" / "step-000003").state_dict()
+    assert not is_converted(dense) and all(
+        torch.equal(value, trained[name]) for name, value in dense.state_dict().items()
+    )
+    for command, message in (("--step 9", "there are: step-"), ("", "exists and is not empty")):
+        capsys.readouterr()
+        assert main(["export", str(run), str(out), *command.split()]) == 1 and message in capsys.readouterr().err
+    damaged = run / "checkpoints" / "step-000003" / "config.json"
+    damaged.write_text(damaged.read_text() + " ")
+    assert main(["export", str(run), str(tmp_path / "x"), "--step", "3"]) == 1
+    assert "config.json is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
