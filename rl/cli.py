@@ -200,6 +200,12 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument(
         "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
     )
+    bench.add_argument(
+        "--suite",
+        nargs="+",
+        metavar="PART",
+        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them",
+    )
     bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
     bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
     bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")

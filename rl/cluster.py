@@ -384,6 +384,7 @@ def worker_spec(config: Config) -> Any:
         record_indices=rollout.record_indices,
         keep_kept_sets=config.algorithm.keep_kept_sets,
         selector=config.indexer.selector,
+        cuda_graphs=rollout.cuda_graphs,
     )
     return WorkerSpec(
         model=config.model.path,

@@ -76,6 +76,7 @@ class RolloutConfig:
     num_pages: int = number(2048, low=1)
     max_batch: int = number(64, low=1)
     prefill_chunk: int = number(512, low=1)
+    cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU
     record_indices: bool = True  # carry the selected sets with every trajectory: for index/jaccard and for replay
     request_timeout_s: float = number(600.0, low=0, open_low=True)
 

@@ -213,6 +213,12 @@ def bench(arguments: argparse.Namespace) -> None:
         figures = bench_training(arguments)
     elif arguments.what in ("cost", "warmup", "memory"):
         figures = measure_models(arguments.what, arguments)
+    elif arguments.what == "rollout" and arguments.suite:
+        from winnow.rl import bench_suite
+
+        rows = [(arguments.batch, length) for length in arguments.lengths or ()] or bench_suite.DECODE
+        figures = bench_suite.run_suite(arguments.suite, arguments.model or "qwen3-1.7b", arguments.device, rows)
+        print(bench_suite.table(figures))
     elif arguments.what == "rollout" and arguments.lengths:
         import torch
 

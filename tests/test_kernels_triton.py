@@ -16,6 +16,7 @@ from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace  # noqa: 
 from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill  # noqa: E402
 from winnow.kernels.invariant import linear, rms_norm, softmax  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
+from winnow.kernels.packing import known  # noqa: E402
 from winnow.kernels.quant import quantise_query, write_index_keys, write_mla  # noqa: E402
 from winnow.kernels.selection import Selection  # noqa: E402
 from winnow.kernels.topk import topk  # noqa: E402
@@ -463,3 +464,36 @@ def test_public_decode_matches_torch(dtype):
         assert gpu_ops.takes_attention(q, k_cache, v_cache)
         same = ops.sparse_decode(q, k_cache, v_cache, table, ints(lengths), None, 0.125)
         assert torch.equal(same[0], got[0])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_public_prefill_at_the_end_of_paged_contexts(sparse):
+    """Chunks with and without an earlier context, a page of three sequences in one list; NaN in every page that nobody holds."""
+    lengths, queries, k = [70, 9, 33], [14, 9, 1], 16
+    table, pages = pages_for(lengths, 16)
+    k_cache, v_cache = randn(pages, 16, 2, 32, seed=1), randn(pages, 16, 2, 32, seed=2) / 10
+    positions = torch.cat([torch.arange(n - m, n) for n, m in zip(lengths, queries, strict=True)]).to(DEV)
+    cu, lens, q = ints([0, 14, 23, 24]), ints(lengths), randn(24, 4, 32, seed=3)
+    selection = None
+    if sparse:
+        rows = [
+            torch.randperm(int(t) + 1, generator=torch.Generator().manual_seed(int(t)))[:k].sort().values
+            for t in positions
+        ]
+        indices = torch.full((24, k), -1, dtype=torch.int32)
+        for row, chosen in enumerate(rows):
+            indices[row, : len(chosen)] = chosen.int()
+        selection = Selection(indices.to(DEV), (indices >= 0).sum(1).int().to(DEV))
+    want = torch_attention.paged_context_attention(
+        q.float(), k_cache.float(), v_cache.float(), cu, table.clamp_min(0), lens, selection, 0.2
+    )
+    held = torch.zeros(pages, dtype=torch.bool, device=DEV)
+    for b, n in enumerate(lengths):
+        held[table[b, : -(-n // 16)].long()] = True
+    k_cache[~held], v_cache[~held] = float("nan"), float("nan")
+    got = gpu_ops.sparse_prefill(q, k_cache, v_cache, cu, table, lens, selection, 0.2)
+    tolerance = {"atol": 1e-5} if torch.float32 == DTYPE else {"atol": 2e-3, "rtol": 3 / 128}
+    assert torch.allclose(got[0].float(), want[0], **tolerance) and torch.allclose(got[1], want[1].float(), atol=1e-4)
+    noted = [known(cu.clone(), cu.tolist()), known(lens.clone(), lens.tolist())]
+    again = gpu_ops.sparse_prefill(q, k_cache, v_cache, noted[0], table, noted[1], selection, 0.2)
+    assert torch.equal(again[0], got[0])
