@@ -174,20 +174,17 @@ def select_prefill(
 
     bounds, contexts = on_host(cu_seqlens), on_host(seq_lens)
     if max(contexts, default=0) <= LONGEST and cache.dtype == q.dtype:
-        return select_short(q, cache, w, bounds, block_table, positions, top_k)
+        return select_short(q, cache, w, cu_seqlens, block_table, positions, top_k)
     return select_rows(q, cache, w, bounds, block_table, contexts, positions, top_k)
 
 
 def select_short(
-    q: Tensor, cache: Tensor, w: Tensor, bounds: list[int], tables: Tensor, positions: Tensor, top_k: int
+    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int
 ) -> Selection:
     """As `select_rows`, for any number of short contexts at the price of one."""
     from winnow.kernels.select_short import select_short as kernel
 
-    lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], device=q.device)
-    owner = torch.arange(len(lengths), dtype=torch.int32, device=q.device).repeat_interleave(
-        lengths, output_size=len(q)
-    )
+    owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(q)).to(torch.int32)
     indices, counts, bad = kernel(q, cache, w.float(), tables, owner, positions.to(torch.int32) + 1, top_k)
     if int(bad):
         raise ValueError("top-k: a score is NaN; the indexer's inputs or weights are not finite")
@@ -206,7 +203,7 @@ def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions
         owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(k))
         pages[owner, positions] = k
         tables = torch.arange(len(pages), dtype=torch.int32, device=k.device)[:, None]
-        return select_short(q, pages, w, bounds, tables, positions, top_k)
+        return select_short(q, pages, w, cu_seqlens, tables, positions, top_k)
     selection = window_selection(positions, top_k)
     table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
     for a, b in itertools.pairwise(bounds):

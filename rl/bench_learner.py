@@ -10,6 +10,7 @@ record is searched for a tensor of [tokens, vocabulary] or [length, length]: the
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,6 +54,7 @@ def bench_learner(
     layers: int | None = None,
     rows: Iterable[str] = ROWS,
     repeats: int = 3,
+    progress: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Figures of each length and row. Times in seconds, memory in GiB; a row that failed its check has "wrong"."""
     figures: dict[str, Any] = {
@@ -63,7 +65,9 @@ def bench_learner(
     for name in rows:
         learner = make_learner(shape, device, layers, **ROWS[name])
         figures.setdefault("parameters", sum(p.numel() for p in learner.model.parameters()))
-        found += [{"row": name, **measure(learner, length, repeats)} for length in lengths]
+        for length in lengths:
+            found.append({"row": name, **measure(learner, length, repeats)})
+            progress(json.dumps(found[-1]))
         del learner
         gc.collect()
         if device.startswith("cuda"):

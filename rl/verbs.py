@@ -251,7 +251,7 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
 
         long = 32768 if a.device.startswith("cuda") else 512
         rows = [name for name in ROWS if not a.only or any(word in name for word in a.only)]
-        return bench_learner(a.model or "tiny", a.lengths or [long], a.device, a.layers, rows)
+        return bench_learner(a.model or "tiny", a.lengths or [long], a.device, a.layers, rows, progress=say)
     from winnow.rl.bench_step import StepBench, as_rows, bench_step
 
     bench = StepBench(
