@@ -160,7 +160,7 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
 
 
 def add_tools(verbs: argparse._SubParsersAction) -> None:
-    """submit, bench, report."""
+    """submit, bench, export, report."""
     submit = verbs.add_parser("submit", help="run any of these as a Ray job: ships the code, follows the log")
     submit.add_argument("--address", help="the cluster's dashboard, e.g. http://head:8265 (RAY_API_SERVER_ADDRESS)")
     submit.add_argument(
@@ -177,7 +177,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
-    bench.add_argument("what", choices=("kernels", "rollout", "step", "rewards", "cost", "warmup", "memory"))
+    bench.add_argument("what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory"))
     bench.add_argument(
         "--model",
         help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
@@ -205,6 +205,24 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="PART",
         help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them",
+    )
+    bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
+    bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
+    bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
+    bench.add_argument("--steps", type=positive, default=10, help="step: steps to run (10)")
+    bench.add_argument(
+        "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
+    )
+    export = verbs.add_parser("export", help="a checkpoint of a run as a plain model folder")
+    export.add_argument("run", help="a run folder, or one checkpoint in it")
+    export.add_argument("out", help="the folder to write")
+    export.add_argument("--step", type=count, help="which checkpoint (the newest)")
+    export.add_argument("--best", action="store_true", help="the one with the best held-out reward")
+    export.add_argument(
+        "--dense", action="store_true", help="without the indexers: the dense model, for programs that know no DSA"
+    )
+    export.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model's weights (float32)"
     )
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")

@@ -22,8 +22,13 @@ from winnow.rl.config import Config, ConfigError
 from winnow.rl.run import code_version
 from winnow.rollout.schema import Group, Request
 
+HERE = "here"
 CLOSE_TIMEOUT_S = 30.0
 DEATH_GRACE_S = 10.0  # after one rank's failure, for the death of another to show
+
+
+class LearnerDied(RuntimeError):
+    """A process of the learner is gone, and with it every step since the last checkpoint."""
 
 
 class LearnerLike(Protocol):
@@ -41,8 +46,20 @@ class LearnerLike(Protocol):
 class Cluster:
     """A learner and a pool. Use as a context manager, or call `close`."""
 
-    def __init__(self, learner: LearnerLike, pool: Any, on_close: Callable[[], None] | None = None) -> None:
-        self.learner, self.pool, self._on_close = learner, pool, on_close
+    def __init__(
+        self,
+        learner: LearnerLike,
+        pool: Any,
+        on_close: Callable[[], None] | None = None,
+        on_revive: Callable[[], LearnerLike] | None = None,
+    ) -> None:
+        self.learner, self.pool, self._on_close, self._on_revive = learner, pool, on_close, on_revive
+
+    def revive(self) -> None:
+        """A new learner in the place of one that died: `start` loads what it holds. The pool stays as it is."""
+        if self._on_revive is None:
+            raise RuntimeError("this cluster's learner runs in the driver's own process and cannot be started again")
+        self.learner = self._on_revive()
 
     def start(self, config: Config, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
         """Loads model and optimizer for this config (or the checkpoint) and gives the pool the same weights."""
@@ -152,7 +169,7 @@ class RemoteLearner:
                 if ray.wait([reference], timeout=0, fetch_local=False)[0] and not (method == "weights" and rank == 0):
                     ray.get(reference)
             except ray.exceptions.RayActorError as dead:
-                return RuntimeError(
+                return LearnerDied(
                     f"the learner's {name} died during {method}: {dead}; resume=true goes on from the last checkpoint"
                 )
             except ray.exceptions.RayError:
@@ -190,7 +207,16 @@ def make_actor_class() -> type:
 
 @contextmanager
 def connect(config: Config) -> Iterator[Cluster]:
-    """Starts or joins Ray, places the learner and the workers, and takes everything down again, also after a failure or Ctrl-C."""
+    """Starts or joins Ray, places the learner and the workers, and takes everything down again, also after a failure or Ctrl-C.
+
+    With cluster.address here there is no Ray and no other process (here.py).
+    """
+    if config.cluster.address == HERE:
+        from winnow.rl.here import here
+
+        with here(config) as cluster:
+            yield cluster
+        return
     with ray_session(config), placed(config) as groups:
         cluster = build(config, *groups)
         try:
@@ -294,31 +320,47 @@ def build(config: Config, learner_group: Any, worker_group: Any) -> Cluster:
     """The learner's actors and the pool, each in its placement group."""
     import ray
 
-    threads, gpus = config.learner.threads, config.cluster.learner_gpus
-    actor_class: Any = ray.remote(make_actor_class())
-    actors = [
-        actor_class.options(
-            num_cpus=threads,
-            num_gpus=gpus,
-            scheduling_strategy=_inside(learner_group, rank),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},  # Ray sets it to 1 otherwise
-        ).remote(config, code_version(), rank)
-        for rank in range(config.learner.ranks)
-    ]
+    actors: list[Any] = []
 
     def close() -> None:
         for actor in actors:
             with contextlib.suppress(Exception):  # the process may be gone already
                 ray.kill(actor)
+        actors.clear()
 
-    learner = RemoteLearner(actors, config.cluster.step_timeout_s)
+    def start() -> RemoteLearner:
+        close()
+        actors.extend(_learner_actors(config, learner_group))
+        learner = RemoteLearner(list(actors), config.cluster.step_timeout_s)
+        learner.join()
+        return learner
+
     try:
+        actors.extend(_learner_actors(config, learner_group))  # they start while the workers do
         pool = make_pool(config, [_inside(worker_group, number) for number in range(config.rollout.workers)])
+        learner = RemoteLearner(list(actors), config.cluster.step_timeout_s)
         learner.join()
     except BaseException:
         close()
         raise
-    return Cluster(learner, pool, close)
+    return Cluster(learner, pool, close, start)
+
+
+def _learner_actors(config: Config, group: Any) -> list[Any]:
+    """One actor a rank, in the placement group."""
+    import ray
+
+    threads, gpus = config.learner.threads, config.cluster.learner_gpus
+    actor_class: Any = ray.remote(make_actor_class())
+    return [
+        actor_class.options(
+            num_cpus=threads,
+            num_gpus=gpus,
+            scheduling_strategy=_inside(group, rank),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},  # Ray sets it to 1 otherwise
+        ).remote(config, code_version(), rank)
+        for rank in range(config.learner.ranks)
+    ]
 
 
 def _inside(group: Any, bundle: int = 0) -> Any:

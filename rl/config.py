@@ -95,6 +95,9 @@ class LearnerConfig:
     threads: int = number(1, low=1)
     updates_per_batch: int = number(1, low=1)
     checkpointing: bool = False  # recompute activations in the backward pass
+    restarts: int = number(
+        0, low=0
+    )  # how often a dead learner process is replaced, from the last checkpoint; then the run fails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,8 @@ class ScheduleConfig:
     max_staleness: int = number(4, low=1)  # async: how many versions behind a token may be when it is trained
     steps: int = number(20, low=1)
     save_every: int = number(10, low=0)  # 0: only at the end
-    keep: int = number(2, low=1)  # checkpoints
+    keep: int = number(2, low=1)  # the newest checkpoints
+    keep_best: bool = True  # and the best one by held-out reward, saved when an evaluation finds it
     eval_every: int = number(0, low=0)  # 0: never
 
 
@@ -152,7 +156,8 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     address: str = (
-        "local"  # "local" starts Ray here; "auto" or host:port joins a cluster; RAY_ADDRESS wins over "local"
+        "local"  # "local" starts Ray on this machine; "auto" or host:port joins a cluster; RAY_ADDRESS wins over "local"; "here": no
+        # Ray at all, learner and engine take turns in the driver's own process, on one GPU or none
     )
     learner_gpus: float = number(0.0, low=0)
     worker_gpus: float = number(0.0, low=0)
@@ -290,6 +295,7 @@ def check(config: Config) -> Config:
             "algorithm.recompute_old the two are the same numbers: set algorithm.recompute_old to true, or correction to none"
         )
     _check_schedule(config)
+    _check_here(config)
     if config.learner.updates_per_batch > config.prompts_per_step:
         raise ConfigError(
             f"learner.updates_per_batch is {config.learner.updates_per_batch}, but a step has {config.prompts_per_step} prompts (the sum "
@@ -316,6 +322,23 @@ def _check_schedule(config: Config) -> None:
             f"schedule.kind is {config.schedule.kind}, but with algorithm.recompute_old and correction none nothing corrects for samples "
             "of older weights: set recompute_old to false (the ratio then is to the rollout), or correction to tis or icepop"
         )
+
+
+def _check_here(config: Config) -> None:
+    """One process holds one learner and one engine, and they cannot run at once."""
+    if config.cluster.address != "here":
+        return
+    for name, value, want in (
+        ("learner.ranks", config.learner.ranks, 1),
+        ("rollout.workers", config.rollout.workers, 1),
+        ("schedule.kind", config.schedule.kind, "sync"),
+        ("learner.restarts", config.learner.restarts, 0),
+    ):
+        if value != want:
+            raise ConfigError(
+                f"cluster.address is here, which keeps learner and engine in one process, but {name} is {value}: set it to {want}, or "
+                "cluster.address to local"
+            )
 
 
 def _check_domains(config: Config) -> None:

@@ -209,7 +209,9 @@ def bench(arguments: argparse.Namespace) -> None:
     from winnow.rl.bench_models import measure_models
 
     timed = not arguments.check
-    if arguments.what in ("cost", "warmup", "memory"):
+    if arguments.what in ("step", "learner"):
+        figures = bench_training(arguments)
+    elif arguments.what in ("cost", "warmup", "memory"):
         figures = measure_models(arguments.what, arguments)
     elif arguments.what == "rollout" and arguments.suite:
         from winnow.rl import bench_suite
@@ -236,6 +238,36 @@ def bench(arguments: argparse.Namespace) -> None:
     wrong = [row for row in figures.get("figures", {}).get("rows", []) if "wrong" in row]
     if wrong:
         raise RuntimeError(f"{len(wrong)} kernels are wrong and were not timed, the first: {wrong[0]}")
+
+
+def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`bench step` and `bench learner`."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    a = arguments
+    if a.what == "learner":
+        from winnow.rl.bench_learner import ROWS, bench_learner
+
+        long = 32768 if a.device.startswith("cuda") else 512
+        rows = [name for name in ROWS if not a.only or any(word in name for word in a.only)]
+        return bench_learner(a.model or "tiny", a.lengths or [long], a.device, a.layers, rows, progress=say)
+    from winnow.rl.bench_step import StepBench, as_rows, bench_step
+
+    bench = StepBench(
+        model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens, steps=a.steps
+    )  # fmt: skip
+    figures = bench_step(bench, a.peers)
+    for line in as_rows(figures):
+        say(line)
+    return {"bench": "step", "model": a.model or "random, 2 layers", "device": a.device, **figures}
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from winnow.rl.export import export_checkpoint
+
+    a = arguments
+    print(export_checkpoint(Path(a.run), Path(a.out), step=a.step, best=a.best, dense=a.dense, dtype=a.dtype))
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -269,4 +301,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-__all__: Sequence[str] = ("bench", "convert", "distill", "eval", "generate", "pipeline", "report", "submit", "train")
+__all__: Sequence[str] = (
+    "bench",
+    "convert",
+    "distill",
+    "eval",
+    "export",
+    "generate",
+    "pipeline",
+    "report",
+    "submit",
+    "train",
+)

@@ -9,19 +9,19 @@ Ledger and crew are used under one lock. Every wait has a limit, and the error s
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from winnow.rollout.arrivals import Arrivals
 from winnow.rollout.crew import Crew
 from winnow.rollout.handles import PoolLimits, Worker
 from winnow.rollout.ledger import Call, Ledger
-from winnow.rollout.schema import Group, Request
+from winnow.rollout.schema import Request
 from winnow.rollout.weights import WeightUpdate
 from winnow.rollout.worker import RolloutWorker, WorkerSpec
 
@@ -61,7 +61,7 @@ class Pool:
             self.shutdown()
             raise
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Group]:
+    def generate(self, requests: Sequence[Request]) -> Arrivals:
         """Sends the requests now; the iterator yields each one's group once, as it finishes. Closing it cancels the rest.
 
         Raises what made a request fail: at once for a ValueError (the request itself is wrong), after `max_attempts` otherwise.
@@ -70,7 +70,7 @@ class Pool:
             self._check_usable()
             call = self._ledger.open(requests)
             self._crew.dispatch()
-        return self._drain(call)
+        return self._arrivals(call)
 
     def push_weights(self, update: WeightUpdate | Any, version: int | None = None) -> dict[int, int]:
         """Gives every worker new weights: an update, or a reference to one and its version. Returns {worker: version} once all live
@@ -138,26 +138,16 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _drain(self, call: Call) -> Iterator[Group]:
-        missing = set(call.open)
-        try:
-            while missing:
-                try:
-                    result = call.outbox.get(timeout=1.0)
-                except queue.Empty:
-                    if not self._thread.is_alive():
-                        raise RuntimeError(
-                            f"the rollout pool stopped with {len(missing)} requests unfinished"
-                        ) from self._crew.error
-                    continue
-                if isinstance(result, Exception):
-                    raise result
-                missing.discard(result.request.request_id)
-                yield result
-        finally:
-            if missing:
-                with self._lock:
-                    self._crew.cancel(call)
+    def _arrivals(self, call: Call) -> Arrivals:
+        def check(missing: int) -> None:
+            if not self._thread.is_alive():
+                raise RuntimeError(f"the rollout pool stopped with {missing} requests unfinished") from self._crew.error
+
+        def cancel() -> None:
+            with self._lock:
+                self._crew.cancel(call)
+
+        return Arrivals(call, check, cancel)
 
     def _wait_ready(self, at_least: int | None = None) -> list[Worker]:
         """The ready workers, once there are `at_least` so many (default: all). The watching thread enforces the time limits."""
