@@ -54,8 +54,7 @@ class LocalPool:
         return [self.runner.engine.score(tokens, temperature) for tokens in sequences]
 
     def stats(self) -> dict[int, dict[str, Any]]:
-        engine = self.runner.engine
-        return {0: {**engine.counters, "preemptions": engine.scheduler.preemptions, "version": engine.version}}
+        return {0: self.runner.engine.stats}
 
     def shutdown(self) -> None:
         self.runner.cancel_all()

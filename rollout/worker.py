@@ -116,8 +116,7 @@ class RolloutWorker:
         return await self._call(lambda: [self.runner.engine.score(tokens, temperature) for tokens in sequences])
 
     async def stats(self) -> dict[str, int]:
-        engine = self.runner.engine
-        return {**engine.counters, "preemptions": engine.scheduler.preemptions, "version": engine.version}
+        return self.runner.engine.stats
 
     def _call(self, function: Callable[[], Any]) -> asyncio.Future:
         future: Future = Future()
