@@ -103,9 +103,9 @@ class RolloutWorker:
         futures = [self._submit(request) for request in requests]
         return [await asyncio.wrap_future(future) for future in futures]
 
-    async def cancel(self, request_ids: Sequence[str]) -> None:
-        """Drops requests; their `generate` calls raise."""
-        await self._call(lambda: self._cancel(request_ids))
+    async def cancel(self, keys: Sequence[str]) -> None:
+        """Drops requests, by `Request.key`; their `generate` calls raise."""
+        await self._call(lambda: self._cancel(keys))
 
     async def load_weights(self, update: WeightUpdate) -> int:
         """The version in use afterwards."""
@@ -128,18 +128,18 @@ class RolloutWorker:
 
         def start() -> None:
             self.runner.add(request)
-            self._results[request.request_id] = result
+            self._results[request.key] = result
 
         admitted: Future = Future()
         admitted.add_done_callback(lambda f: _resolve(result, f.exception()) if f.exception() else None)
         self._inbox.put((start, admitted))
         return result
 
-    def _cancel(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self.runner.cancel(request_id)
-            if (future := self._results.pop(request_id, None)) is not None:
-                _resolve(future, RuntimeError(f"request {request_id!r} was cancelled"))
+    def _cancel(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.runner.cancel(key)
+            if (future := self._results.pop(key, None)) is not None:
+                _resolve(future, RuntimeError(f"request {key!r} was cancelled"))
 
     def _drive(self) -> None:
         """The engine's thread: calls first, then one step, for as long as the process lives."""
@@ -157,10 +157,10 @@ class RolloutWorker:
             try:
                 finished = self.runner.step()
             except Exception as error:  # the engine itself failed: nothing that runs can be trusted to go on
-                finished = [(request_id, error) for request_id in self._results]
+                finished = [(key, error) for key in self._results]
                 self.runner.cancel_all()
-            for request_id, result in finished:
-                _resolve(self._results.pop(request_id), result)
+            for key, result in finished:
+                _resolve(self._results.pop(key), result)
 
 
 def _resolve(future: Future, outcome: Any) -> None:

@@ -22,7 +22,7 @@ from winnow.models.load import load, save
 from winnow.rollout.engine import EngineConfig
 from winnow.rollout.local_pool import LocalPool
 from winnow.rollout.pool import Pool, PoolLimits
-from winnow.rollout.schema import Group, Request, Sampling, Task
+from winnow.rollout.schema import Group, Request, Sampling, Task, Trajectory
 from winnow.rollout.weights import WeightError, pack
 from winnow.rollout.worker import RolloutWorker, WorkerSpec
 
@@ -75,6 +75,14 @@ def request_of(name, text="hello there", samples=2, **sampling):
 def fake_worker_class():
     """A local class: it travels by value, so that its workers need not import this file, nor torch, and start fast."""
 
+    def stamped(request, version):
+        """A trajectory that says who made it: the process in its tokens, the weights in its versions."""
+        made = np.array([os.getpid()], dtype=np.int32)
+        return Trajectory(
+            request_id=request.request_id, sample=request.first_sample, task_id="t", domain="d", tokens=made, loss_mask=made > 0,
+            rollout_logprobs=np.zeros(1, np.float32), policy_versions=made * 0 + version, finish_reason="stop", messages=(),
+        )  # fmt: skip
+
     class FakeWorker:
         """Answers without a model; the text of a request says how: fine, slow, suicide:FILE (once), always-dies, wrong, broken."""
 
@@ -114,6 +122,18 @@ def fake_worker_class():
                     raise ray.exceptions.ObjectStoreFullError("no room for the result")
                 elif word == "always-dies":
                     os.kill(os.getpid(), signal.SIGKILL)
+                elif (
+                    word == "partly"
+                ):  # samples 0 and 1 at once; the others kill the worker that is the first to try them
+                    key, version = request.key.replace("/", "."), self.version
+                    open(os.path.join(rest, f"{key}.{os.getpid()}"), "w").close()
+                    tried = len([name for name in os.listdir(rest) if name.startswith(f"{key}.")])
+                    if request.first_sample > 1 and tried == 1:
+                        while not os.path.exists(os.path.join(rest, "die")):
+                            await asyncio.sleep(0.02)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    groups.append(Group(request=request, trajectories=(stamped(request, version),)))
+                    continue
                 elif word == "wrong":
                     raise ValueError(f"request {request.request_id!r} is wrong")
                 elif word == "broken":
@@ -206,6 +226,28 @@ def test_a_hung_worker_is_named_and_replaced(pool, tmp_path, caplog):
     pid = int(line.split("pid ")[1].split()[0])
     assert gone(pid), "the stopped process is still there"
     pool._wait_ready()
+
+
+def test_finished_samples_of_a_dead_worker_are_kept(ray_cluster, tmp_path, caplog):
+    """kill -9 in the middle of a group: the samples that had come keep their process and version, only the others are made again."""
+    with caplog.at_level(logging.WARNING, "winnow.rollout"), fake_pool(1) as pool:
+        push(pool, 5)
+        groups = pool.generate([request_of("p", f"partly:{tmp_path}", samples=4), request_of("q", "slow:0.1")])
+        assert next(groups).request.request_id == "q"
+        [job] = {sent.job for sent in pool._crew.workers[0].sent.values()}
+        assert sorted(job.done) == [0, 1]
+        push(pool, 6)  # the samples under way are not done when the weights change, nor when their process dies
+        (tmp_path / "die").touch()
+        [group] = groups
+    first, second, third, fourth = group.trajectories
+    assert [t.sample for t in group.trajectories] == [0, 1, 2, 3]
+    assert first.tokens == second.tokens != third.tokens == fourth.tokens
+    assert [int(t.policy_versions[0]) for t in group.trajectories] == [5, 5, 6, 6]
+    made = sorted(path.name.split(".")[1] for path in tmp_path.iterdir() if path.name != "die")
+    assert made == ["0", "1", "2", "2", "3", "3"]
+    [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "died while generating" in line and "2 samples of 1 requests are sent again" in line
+    assert gone(int(first.tokens[0])) and gone(int(third.tokens[0]))
 
 
 def test_requests_that_cannot_succeed_raise_their_cause(pool):
