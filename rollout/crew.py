@@ -187,7 +187,9 @@ class Crew:
         worker.state, worker.failures, self._up = "ready", 0, True
 
     def _answer_failed(self, worker: Worker, cause: Exception) -> None:
-        if worker.state == "loading" and isinstance(cause, ValueError):  # a bad update: the worker keeps what it had
+        if worker.state == "loading" and isinstance(
+            cause, ValueError | TimeoutError
+        ):  # a bad update, or no end of a drain
             self.refusals[worker.loading] = type(cause)(f"{worker} refused the update: {cause}")
             worker.awaited, worker.state = None, "ready"
             return

@@ -69,7 +69,8 @@ class EpisodeRunner:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._jobs)
+        """Whether `step` would do anything: False without requests, and while the engine is paused or drained."""
+        return bool(self._jobs) and (bool(self._answering) or self.engine.has_work)
 
     def add(self, request: Request) -> None:
         """Starts a request. ValueError, leaving nothing behind: a repeated id, no environments, a prompt that does not fit."""

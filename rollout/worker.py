@@ -10,6 +10,7 @@ import asyncio
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from winnow.rollout.episode import EnvironmentFactory, EpisodeRunner
 from winnow.rollout.schema import Group, Request
 from winnow.rollout.template import ChatTemplate
 from winnow.rollout.weights import WeightUpdate, unpack
+
+_POLL_S = 0.02  # between two looks whether a drain is over
+_IDLE_S = 60.0  # how long the engine's thread waits for a call at a time
 
 
 def code_version() -> str:
@@ -69,6 +73,20 @@ def load_update(engine: Engine, update: WeightUpdate) -> int:
     return engine.version
 
 
+def drained(engine: Engine, version: int, since: float) -> bool:
+    """Whether the samples that had begun are done. TimeoutError for an update that has waited too long for them, monotonic `since`."""
+    if engine.drained:
+        return True
+    limit = engine.config.drain_timeout_s
+    if time.monotonic() - since > limit:
+        count = len(engine.scheduler.started)
+        raise TimeoutError(
+            f"weights of version {version} waited {limit:g} s for {count} samples of version {engine.version} to end, which still run: "
+            "raise rollout.drain_timeout_s, lower max_tokens, or set rollout.on_update to recompute"
+        )
+    return False
+
+
 class RolloutWorker:
     """All methods but `__init__` are coroutines: a Ray actor runs any number of them at once."""
 
@@ -108,8 +126,26 @@ class RolloutWorker:
         await self._call(lambda: self._cancel(keys))
 
     async def load_weights(self, update: WeightUpdate) -> int:
-        """The version in use afterwards."""
-        return await self._call(lambda: load_update(self.runner.engine, update))
+        """The version in use afterwards. With on_update drain, the samples that have begun end first and no other begins; TimeoutError,
+        and they go on, when that takes longer than drain_timeout_s."""
+        engine = self.runner.engine
+        if engine.config.on_update == "recompute":
+            return await self._call(lambda: load_update(engine, update))
+        since = time.monotonic()
+        await self._call(engine.drain)
+        try:
+            while not await self._call(lambda: drained(engine, update.version, since)):
+                await asyncio.sleep(_POLL_S)
+            return await self._call(lambda: load_update(engine, update))
+        finally:
+            await self._call(engine.resume)
+
+    async def pause(self) -> None:
+        """Stops generating at this token; requests may still come."""
+        await self._call(self.runner.engine.pause)
+
+    async def resume(self) -> None:
+        await self._call(self.runner.engine.resume)
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """The engine's own log-probabilities of given tokens: the rollout side of a parity check."""
@@ -148,7 +184,12 @@ class RolloutWorker:
         torch.set_num_threads(self.threads)
         while True:
             while not (self._inbox.empty() and self.runner.has_work):
-                function, future = self._inbox.get()
+                try:
+                    function, future = self._inbox.get(timeout=_IDLE_S)
+                except (
+                    queue.Empty
+                ):  # nothing was asked for: the actor's process ends this thread, whatever it waits for
+                    continue
                 try:
                     outcome = function()
                 except Exception as error:

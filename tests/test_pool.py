@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -443,3 +444,64 @@ def test_a_worker_in_process(folder):
     assert names(first) == ["a"] and names(second) == ["b"] and ping["worker"] == 4
     assert isinstance(bad, ValueError) and "the context is 128" in str(bad) and "cancelled" in str(lost)
     assert stats["decode_tokens"] < 2 * 60 + 2 * 12 + 2 * 100
+
+
+def doubled(folder, version):
+    with torch.no_grad():
+        state = {name: tensor * 1.5 for name, tensor in load(folder).state_dict().items()}
+    return pack(state, version)
+
+
+def draining(folder, **changes):
+    spec = spec_of(folder)
+    return replace(spec, engine=replace(spec.engine, max_batch=3, **changes))
+
+
+@pytest.mark.parametrize("on_update", ["recompute", "drain"])
+def test_an_update_meets_what_runs_as_the_config_says(folder, on_update):
+    """recompute: samples under way go on under the new weights; drain: they end under the old ones, and nobody begins meanwhile."""
+    pool = LocalPool(draining(folder, on_update=on_update))
+    requests = [request_of(f"r{i}", "abc " * (3 + i), max_tokens=8 + 6 * i) for i in range(5)]
+    arriving = pool.generate(requests)
+    groups = [next(arriving)]
+    running = len(pool.runner.engine.scheduler.running)
+    assert running and pool.push_weights(doubled(folder, 1)) == {0: 1}
+    groups += arriving
+    assert names(groups) == [f"r{i}" for i in range(5)] and pool.runner.engine.has_work is False
+    stamps = [sorted({int(v) for v in t.policy_versions[t.loss_mask]}) for g in groups for t in g.trajectories]
+    if on_update == "drain":
+        assert all(len(stamp) == 1 for stamp in stamps) and {s[0] for s in stamps} == {0, 1}, stamps
+        fresh = LocalPool(draining(folder))
+        fresh.push_weights(doubled(folder, 1))
+        want = {group.request.request_id: group for group in fresh.generate(requests)}
+        new = [t for g in groups for t in g.trajectories if t.policy_versions.max() == 1]
+        for left in new:  # who began after the update is what a pool that never had other weights would draw
+            right = want[left.request_id].trajectories[left.sample]
+            assert left.tokens.tolist() == right.tokens.tolist()
+            np.testing.assert_array_equal(left.index_record.indices, right.index_record.indices)
+    else:
+        assert [0, 1] in stamps and [1] in stamps, stamps
+
+
+def test_a_drain_that_takes_too_long_is_named_and_the_old_weights_go_on(folder):
+    from winnow.rollout.worker import code_version
+
+    worker = RolloutWorker(draining(folder, on_update="drain", drain_timeout_s=0.05), 0, code_version())
+
+    async def everything():
+        running = asyncio.create_task(worker.generate([request_of("a", samples=5, max_tokens=100)]))
+        while not (await worker.stats())["decode_tokens"]:
+            await asyncio.sleep(0.01)
+        await worker.pause()
+        before = (await worker.stats())["decode_tokens"]
+        with pytest.raises(
+            TimeoutError, match=r"version 1 waited 0\.05 s for \d samples of version 0 to end.*drain_timeout_s"
+        ):
+            await worker.load_weights(doubled(folder, 1))  # which resumes
+        [group] = await running
+        assert before <= 3 * 100 and await worker.load_weights(doubled(folder, 1)) == 1
+        return group, await worker.generate([request_of("b")])
+
+    old, [new] = asyncio.run(everything())
+    assert {int(t.policy_versions[-1]) for t in old.trajectories} == {0} and len(old.trajectories) == 5
+    assert {int(t.policy_versions[-1]) for t in new.trajectories} == {1}
