@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from winnow.rl.checkpoints import Checkpoint
 from winnow.rl.config import Config, ConfigError
+from winnow.rl.metrics import engine_metrics
 from winnow.rl.run import code_version
 from winnow.rollout.schema import Group, Request
 
@@ -54,6 +55,7 @@ class Cluster:
         on_revive: Callable[[], LearnerLike] | None = None,
     ) -> None:
         self.learner, self.pool, self._on_close, self._on_revive = learner, pool, on_close, on_revive
+        self._stats: dict[int, dict[str, int]] = {}
 
     def revive(self) -> None:
         """A new learner in the place of one that died: `start` loads what it holds. The pool stays as it is."""
@@ -72,6 +74,11 @@ class Cluster:
         """All groups, in the order of their requests: the order of arrival must not matter."""
         order = {request.request_id: number for number, request in enumerate(requests)}
         return sorted(self.pool.generate(requests), key=lambda group: order[group.request.request_id])
+
+    def engine_metrics(self) -> dict[str, float]:
+        """What the engines did since the last call."""
+        before, self._stats = self._stats, self.pool.stats()
+        return engine_metrics(before, self._stats)
 
     def close(self) -> None:
         """Ends every process this cluster started. Safe to call twice."""
@@ -385,6 +392,9 @@ def worker_spec(config: Config) -> Any:
         keep_kept_sets=config.algorithm.keep_kept_sets,
         selector=config.indexer.selector,
         cuda_graphs=rollout.cuda_graphs,
+        reuse_prefixes=rollout.reuse_prefixes,
+        on_update=rollout.on_update,
+        drain_timeout_s=rollout.drain_timeout_s,
     )
     return WorkerSpec(
         model=config.model.path,
@@ -400,8 +410,11 @@ def make_pool(config: Config, places: Sequence[Any]) -> Any:
     """The rollout pool, an actor for each scheduling strategy of `places`. Returns once all of them are up."""
     from winnow.rollout.pool import Pool, PoolLimits
 
+    drain_s = config.rollout.drain_timeout_s if config.rollout.on_update == "drain" else 0.0
     limits = PoolLimits(
-        request_timeout_s=config.rollout.request_timeout_s, start_timeout_s=config.cluster.start_timeout_s
+        request_timeout_s=config.rollout.request_timeout_s,
+        start_timeout_s=config.cluster.start_timeout_s,
+        load_timeout_s=PoolLimits().load_timeout_s + drain_s,
     )
     options = [{"num_gpus": config.cluster.worker_gpus, "scheduling_strategy": place} for place in places]
     return Pool(worker_spec(config), options, limits=limits)

@@ -124,7 +124,12 @@ def specialist_values(name: str) -> dict[str, Any]:
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """The pipeline in a YAML file (over its `base:` files) with `key=value` overrides. Raises ConfigError."""
-    return make_pipeline(read_values(path), overrides)
+    values = read_values(path)
+    if of_run := [key for key in ("domains", "rollout", "learner", "algorithm") if key in values]:
+        raise ConfigError(
+            f"{path} is the config of one run (it has {of_run[0]!r}): winnow train {path}. A pipeline has such sections below `run:`"
+        )
+    return make_pipeline(values, overrides)
 
 
 def make_pipeline(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineConfig:

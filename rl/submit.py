@@ -29,6 +29,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 SUCCEEDED, FAILED, STOPPED = "SUCCEEDED", "FAILED", "STOPPED"
 STOP_CODE = 130
 WRITES = ("train", "distill", "pipeline")
+BUILD_TIMEOUT_S = 300.0
 MAX_FILE = 10 << 20  # bytes of a local file that travels with the job
 
 
@@ -269,7 +270,12 @@ def build_wheel(folder: Path) -> Path:
         str(folder),
         str(copy),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BUILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f"pip did not build the wheel of {source} within {BUILD_TIMEOUT_S:g} s: does `{shlex.join(command)}` hang by itself?"
+        ) from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])

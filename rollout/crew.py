@@ -3,8 +3,8 @@
     starting -> loading (current weights) -> ready -> (dead, hung or late) -> starting ... | failed
     ledger's line -> dispatch -> [ready worker with the least to do] -> collect -> ledger
 
-A worker that dies, stops answering pings or works past its limit is named in the log with its cause, its requests go back to the ledger
-and another process takes its place. Nothing here waits: the pool's thread calls `collect` for what Ray has finished, then `check`.
+A request goes to one worker, whose samples share its prefill, and each sample comes back as it finishes. A worker that dies, stops
+answering pings or works past its limit is named in the log with its cause, what it has not delivered goes back to the ledger and another process takes its place. Nothing here waits: the pool's thread calls `collect` for what Ray has finished, then `check`.
 Not locked: the pool calls it under its own lock.
 """
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from winnow.rollout.handles import PoolLimits, Worker, cause_of, last_lines, options_of
+from winnow.rollout.handles import PoolLimits, Sent, Worker, cause_of, last_lines, options_of
 from winnow.rollout.ledger import Call, Job, Ledger
 from winnow.rollout.worker import WorkerSpec, code_version
 
@@ -51,20 +52,21 @@ class Crew:
     def references(self) -> list[Any]:
         """Everything that a worker still owes an answer to."""
         awaited = [ref for worker in self.workers for ref in (worker.awaited, worker.ping) if ref is not None]
-        return awaited + [ref for worker in self.workers for ref in worker.jobs]
+        return awaited + [ref for worker in self.workers for ref in worker.sent]
 
     def dispatch(self) -> None:
         """Sends requests, oldest first, each to the ready worker with the fewest samples under way, up to 1.5 batches."""
         room = self.spec.engine.max_batch * 3 // 2
         while self.ledger.line:
-            need = self.ledger.line[0].request.num_samples
-            free = [w for w in self.ready if not w.jobs or w.load + need <= room]
+            need = len(self.ledger.line[0].waiting)
+            free = [w for w in self.ready if not w.sent or w.load + need <= room]
             if not free:
                 return
             worker = min(free, key=lambda w: (w.load, w.number))
-            job = self.ledger.line.popleft()
-            job.sent = time.monotonic()
-            worker.jobs[worker.actor.generate.remote([job.request])] = job
+            job, samples = self.ledger.take()
+            for sample in samples:
+                part = replace(job.request, num_samples=1, first_sample=sample)
+                worker.sent[worker.actor.generate.remote([part])] = Sent(job, part, time.monotonic())
 
     def load(self, weights: tuple[Any, int]) -> tuple[Any, int] | None:
         """From now on every worker must have these; the ready ones get them now. Returns what they replace."""
@@ -78,29 +80,29 @@ class Crew:
         """Takes in one finished reference."""
         import ray
 
-        worker = next((w for w in self.workers if ref in (w.awaited, w.ping) or ref in w.jobs), None)
+        worker = next((w for w in self.workers if ref in (w.awaited, w.ping) or ref in w.sent), None)
         if worker is None:
             return  # of a worker replaced since
-        job = worker.jobs.get(ref)
+        sent = worker.sent.get(ref)
         try:
             value = ray.get(ref, timeout=self.limits.load_timeout_s)
         except ray.exceptions.RayActorError as error:
-            stage = "generating" if worker.jobs and worker.state == "ready" else worker.state
+            stage = "generating" if worker.sent and worker.state == "ready" else worker.state
             why = f"died while {stage}: {cause_of(error)}{last_lines(worker.log)}"
             self._replace(worker, why, killed=not error.actor_init_failed)
             return
         except Exception as error:
             cause = getattr(error, "cause", None) or error
-            if job is None:
+            if sent is None:
                 self._answer_failed(worker, cause)
             else:
-                del worker.jobs[ref]
-                self._lost(job, cause, f"failed on {worker}")
+                del worker.sent[ref]
+                self._lost(sent.job, [sent.sample], cause, f"failed on {worker}")
             return
-        if job is not None:
+        if sent is not None:
             worker.progress = time.monotonic()
-            del worker.jobs[ref]
-            self.ledger.deliver(job, value[0])
+            del worker.sent[ref]
+            self.ledger.deliver(sent.job, sent.sample, value[0].trajectories)
         elif ref == worker.ping:
             worker.ping, worker.pinged = None, time.monotonic()
         else:
@@ -114,7 +116,7 @@ class Crew:
         waits = {"starting": limits.start_timeout_s, "loading": limits.load_timeout_s}
         for worker in self.workers:
             since = now - worker.since
-            oldest = now - min((max(job.sent, worker.progress) for job in worker.jobs.values()), default=now)
+            oldest = now - min((max(each.at, worker.progress) for each in worker.sent.values()), default=now)
             if worker.state in waits and since > waits[worker.state]:
                 hint = "; are there free CPUs or GPUs in the cluster for it?" if worker.state == "starting" else ""
                 self._replace(worker, f"did not finish {worker.state} within {since:.0f} s{hint}", TimeoutError)
@@ -132,16 +134,16 @@ class Crew:
         """Forgets what is left of a call, here and on the workers."""
         self.ledger.drop(call)
         for worker in self.workers:
-            mine = [ref for ref, job in worker.jobs.items() if job.call is call]
-            ids = [worker.jobs.pop(ref).request.request_id for ref in mine]
-            if ids and worker.state in ("ready", "loading"):
-                worker.actor.cancel.remote(ids)
+            mine = [ref for ref, each in worker.sent.items() if each.job.call is call]
+            keys = [worker.sent.pop(ref).part.key for ref in mine]
+            if keys and worker.state in ("ready", "loading"):
+                worker.actor.cancel.remote(keys)
 
     def fail(self, error: Exception) -> None:
         """Ends every call with `error`."""
         self.ledger.fail(error)
         for worker in self.workers:
-            worker.jobs.clear()
+            worker.sent.clear()
 
     def kill(self, worker: Worker) -> None:
         import ray
@@ -185,31 +187,33 @@ class Crew:
         worker.state, worker.failures, self._up = "ready", 0, True
 
     def _answer_failed(self, worker: Worker, cause: Exception) -> None:
-        if worker.state == "loading" and isinstance(cause, ValueError):  # a bad update: the worker keeps what it had
+        if worker.state == "loading" and isinstance(
+            cause, ValueError | TimeoutError
+        ):  # a bad update, or no end of a drain
             self.refusals[worker.loading] = type(cause)(f"{worker} refused the update: {cause}")
             worker.awaited, worker.state = None, "ready"
             return
         self._replace(worker, f"failed while {worker.state}: {cause}")
 
-    def _lost(self, job: Job, error: Exception, how: str) -> None:
-        failed = self.ledger.lost(job, error, how)
+    def _lost(self, job: Job, samples: Sequence[int], error: Exception, how: str) -> None:
+        failed = self.ledger.lost(job, samples, error, how)
         if failed is not None:
             self.cancel(failed)
 
     def _replace(self, worker: Worker, why: str, kind: type[Exception] = RuntimeError, killed: bool = False) -> None:
-        """Names a worker that is lost, starts another in its place with the current weights, and sends its requests elsewhere.
+        """Names a worker that is lost, starts another in its place with the current weights, and sends what it owes elsewhere.
 
         Before any worker has been up, only one whose process was `killed` is started again: whatever else goes wrong then is a mistake
         in the set-up, and would go wrong again.
         """
-        jobs = list(worker.jobs.values())
+        missing = worker.take_back()
         was_up = worker.state == "ready"
         error = kind(f"{worker} {why}")  # as text now: a record may be formatted when the worker is another process
-        log.error("%s; %d of its requests are sent again", error, len(jobs))
+        count = sum(map(len, missing.values()))
+        log.error("%s; %d samples of %d requests are sent again", error, count, len(missing))
         self.kill(worker)
-        worker.jobs.clear()
-        for job in reversed(jobs):
-            self._lost(job, error, "was lost")
+        for job, samples in reversed(missing.items()):
+            self._lost(job, samples, error, "was lost")
         worker.failures = 0 if was_up else worker.failures + 1
         if (self._up or killed) and worker.failures < self.limits.max_restarts:
             self._start(worker)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from winnow.rollout.ledger import Job
+from winnow.rollout.schema import Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,20 @@ class PoolLimits:
 
 
 @dataclass(eq=False, slots=True)
+class Sent:
+    """One sample of a job at a worker: the part of the request that was sent, and when (monotonic seconds)."""
+
+    job: Job
+    part: Request
+    at: float
+
+    @property
+    def sample(self) -> int:
+        assert self.part.first_sample is not None
+        return self.part.first_sample
+
+
+@dataclass(eq=False, slots=True)
 class Worker:
     number: int
     actor: Any = None
@@ -31,7 +46,7 @@ class Worker:
     awaited: Any = None  # what the state waits for
     loading: int = -1  # the version being loaded
     version: int = -1
-    jobs: dict[Any, Job] = field(default_factory=dict)  # by result reference
+    sent: dict[Any, Sent] = field(default_factory=dict)  # by result reference
     progress: float = 0.0  # when it last delivered
     ping: Any = None  # a heartbeat that was asked for, and when the last one was asked for or answered
     pinged: float = 0.0
@@ -41,14 +56,23 @@ class Worker:
 
     @property
     def load(self) -> int:
-        return sum(job.request.num_samples for job in self.jobs.values())
+        """Samples under way."""
+        return len(self.sent)
+
+    def take_back(self) -> dict[Job, list[int]]:
+        """The samples it has not delivered, by request, oldest first; it has none from here on."""
+        missing: dict[Job, list[int]] = {}
+        for each in self.sent.values():
+            missing.setdefault(each.job, []).append(each.sample)
+        self.sent.clear()
+        return missing
 
     @property
     def task(self) -> str:
         """What it is busy with, in words."""
-        if not self.jobs:
+        if not self.sent:
             return self.state if self.state != "ready" else "idle"
-        names = sorted(job.request.request_id for job in self.jobs.values())
+        names = sorted({each.part.request_id for each in self.sent.values()})
         return f"generating {names[0]!r} ({len(names)} requests)"
 
     def __str__(self) -> str:

@@ -110,9 +110,14 @@ class Pool:
         """Counters of the workers that are up."""
         import ray
 
-        ready = self._crew.ready
-        values = ray.get([worker.actor.stats.remote() for worker in ready], timeout=self.limits.load_timeout_s)
-        return {worker.number: value for worker, value in zip(ready, values, strict=True)}
+        asked = {worker.number: worker.actor.stats.remote() for worker in self._crew.ready}
+        found = {}
+        for number, ref in asked.items():
+            try:
+                found[number] = ray.get(ref, timeout=self.limits.load_timeout_s)
+            except ray.exceptions.RayActorError:  # it died meanwhile: the watching thread names it and starts another
+                continue
+        return found
 
     def describe(self) -> dict[int, str]:
         """{worker: "state, where"}."""

@@ -10,6 +10,7 @@ import asyncio
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from winnow.rollout.episode import EnvironmentFactory, EpisodeRunner
 from winnow.rollout.schema import Group, Request
 from winnow.rollout.template import ChatTemplate
 from winnow.rollout.weights import WeightUpdate, unpack
+
+_POLL_S = 0.02  # between two looks whether a drain is over
+_IDLE_S = 60.0  # how long the engine's thread waits for a call at a time
 
 
 def code_version() -> str:
@@ -69,6 +73,20 @@ def load_update(engine: Engine, update: WeightUpdate) -> int:
     return engine.version
 
 
+def drained(engine: Engine, version: int, since: float) -> bool:
+    """Whether the samples that had begun are done. TimeoutError for an update that has waited too long for them, monotonic `since`."""
+    if engine.drained:
+        return True
+    limit = engine.config.drain_timeout_s
+    if time.monotonic() - since > limit:
+        count = len(engine.scheduler.started)
+        raise TimeoutError(
+            f"weights of version {version} waited {limit:g} s for {count} samples of version {engine.version} to end, which still run: "
+            "raise rollout.drain_timeout_s, lower max_tokens, or set rollout.on_update to recompute"
+        )
+    return False
+
+
 class RolloutWorker:
     """All methods but `__init__` are coroutines: a Ray actor runs any number of them at once."""
 
@@ -103,21 +121,38 @@ class RolloutWorker:
         futures = [self._submit(request) for request in requests]
         return [await asyncio.wrap_future(future) for future in futures]
 
-    async def cancel(self, request_ids: Sequence[str]) -> None:
-        """Drops requests; their `generate` calls raise."""
-        await self._call(lambda: self._cancel(request_ids))
+    async def cancel(self, keys: Sequence[str]) -> None:
+        """Drops requests, by `Request.key`; their `generate` calls raise."""
+        await self._call(lambda: self._cancel(keys))
 
     async def load_weights(self, update: WeightUpdate) -> int:
-        """The version in use afterwards."""
-        return await self._call(lambda: load_update(self.runner.engine, update))
+        """The version in use afterwards. With on_update drain, the samples that have begun end first and no other begins; TimeoutError,
+        and they go on, when that takes longer than drain_timeout_s."""
+        engine = self.runner.engine
+        if engine.config.on_update == "recompute":
+            return await self._call(lambda: load_update(engine, update))
+        since = time.monotonic()
+        await self._call(engine.drain)
+        try:
+            while not await self._call(lambda: drained(engine, update.version, since)):
+                await asyncio.sleep(_POLL_S)
+            return await self._call(lambda: load_update(engine, update))
+        finally:
+            await self._call(engine.resume)
+
+    async def pause(self) -> None:
+        """Stops generating at this token; requests may still come."""
+        await self._call(self.runner.engine.pause)
+
+    async def resume(self) -> None:
+        await self._call(self.runner.engine.resume)
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """The engine's own log-probabilities of given tokens: the rollout side of a parity check."""
         return await self._call(lambda: [self.runner.engine.score(tokens, temperature) for tokens in sequences])
 
     async def stats(self) -> dict[str, int]:
-        engine = self.runner.engine
-        return {**engine.counters, "preemptions": engine.scheduler.preemptions, "version": engine.version}
+        return self.runner.engine.stats
 
     def _call(self, function: Callable[[], Any]) -> asyncio.Future:
         future: Future = Future()
@@ -129,18 +164,18 @@ class RolloutWorker:
 
         def start() -> None:
             self.runner.add(request)
-            self._results[request.request_id] = result
+            self._results[request.key] = result
 
         admitted: Future = Future()
         admitted.add_done_callback(lambda f: _resolve(result, f.exception()) if f.exception() else None)
         self._inbox.put((start, admitted))
         return result
 
-    def _cancel(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self.runner.cancel(request_id)
-            if (future := self._results.pop(request_id, None)) is not None:
-                _resolve(future, RuntimeError(f"request {request_id!r} was cancelled"))
+    def _cancel(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.runner.cancel(key)
+            if (future := self._results.pop(key, None)) is not None:
+                _resolve(future, RuntimeError(f"request {key!r} was cancelled"))
 
     def _drive(self) -> None:
         """The engine's thread: calls first, then one step, for as long as the process lives."""
@@ -149,7 +184,12 @@ class RolloutWorker:
         torch.set_num_threads(self.threads)
         while True:
             while not (self._inbox.empty() and self.runner.has_work):
-                function, future = self._inbox.get()
+                try:
+                    function, future = self._inbox.get(timeout=_IDLE_S)
+                except (
+                    queue.Empty
+                ):  # nothing was asked for: the actor's process ends this thread, whatever it waits for
+                    continue
                 try:
                     outcome = function()
                 except Exception as error:
@@ -158,10 +198,10 @@ class RolloutWorker:
             try:
                 finished = self.runner.step()
             except Exception as error:  # the engine itself failed: nothing that runs can be trusted to go on
-                finished = [(request_id, error) for request_id in self._results]
+                finished = [(key, error) for key in self._results]
                 self.runner.cancel_all()
-            for request_id, result in finished:
-                _resolve(self._results.pop(request_id), result)
+            for key, result in finished:
+                _resolve(self._results.pop(key), result)
 
 
 def _resolve(future: Future, outcome: Any) -> None:
