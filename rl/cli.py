@@ -135,6 +135,13 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
         verb.add_argument("--max-tokens", type=positive, default=tokens, help=f"new tokens a turn ({tokens})")
         verb.add_argument("--seed", type=int, default=0)
+        verb.add_argument(
+            "--template-option",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="of the model's chat template, e.g. enable_thinking=false; may be repeated",
+        )
         verb.add_argument("--batch", type=positive, help="sequences that decode together (64, on a GPU 512)")
         verb.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
         verb.add_argument("--device", default="auto", help="cpu, cuda, ... (a GPU where there is one)")

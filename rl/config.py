@@ -54,6 +54,7 @@ class DomainConfig:
         default_factory=dict
     )  # reward parts with weights: each normalised in its group, then summed (GDPO); empty: the reward itself
     environment: str | None = None  # for rows of a file: where their episodes take place
+    template: dict = field(default_factory=dict)  # options of the chat template, e.g. {enable_thinking: false}
     length_penalty: float = number(0.0, low=0)  # weight of the soft overlong penalty
     script: str = "latin"  # what replies should be written in, for language_penalty: latin, cyrillic, cjk, ...
     language_penalty: float = number(0.0, low=0)  # for all letters in another script

@@ -96,6 +96,7 @@ def data_requests(config: Config, options: DataConfig, name: str) -> list[Reques
         temperature=options.temperature,
         max_tokens={domain.name: domain.max_tokens for domain in config.domains},
         max_turns={domain.name: domain.max_turns for domain in config.domains},
+        templates={domain.name: domain.template for domain in config.domains},
         seed=config.seed + 1,
         prefix=f"data-{name}",
     )

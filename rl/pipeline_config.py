@@ -179,6 +179,13 @@ def _check_specialists(pipeline: PipelineConfig) -> None:
             raise ConfigError(
                 f"specialists.{domain} is {own}, which has no domain called {domain!r}: name the same domain in both"
             )
+        theirs = pipeline.stage_run("specialist", pipeline.model or "base", domain).domains[0].template
+        ours = pipeline.stage_run("evaluation", pipeline.model or "base", domain).domains[0].template
+        if theirs != ours:
+            raise ConfigError(
+                f"specialists.{domain} asks with template options {theirs}, run.domains with {ours}: the student would be trained and "
+                f"evaluated in another mode than its specialist; give domain {domain!r} the same `template` in both"
+            )
 
 
 def _check_student(pipeline: PipelineConfig) -> None:
