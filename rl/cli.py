@@ -197,6 +197,9 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")
+    report.add_argument(
+        "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
+    )
 
 
 def positive(text: str) -> int:

@@ -26,6 +26,10 @@ CLOSE_TIMEOUT_S = 30.0
 DEATH_GRACE_S = 10.0  # after one rank's failure, for the death of another to show
 
 
+class ClusterLost(RuntimeError):
+    """A learner's process is gone: what it held is lost, and only another cluster can go on."""
+
+
 class LearnerLike(Protocol):
     """What the driver needs of a learner: the class itself, or `RemoteLearner`."""
 
@@ -55,6 +59,11 @@ class Cluster:
         """All groups, in the order of their requests: the order of arrival must not matter."""
         order = {request.request_id: number for number, request in enumerate(requests)}
         return sorted(self.pool.generate(requests), key=lambda group: order[group.request.request_id])
+
+    @property
+    def alive(self) -> bool:
+        """Whether the learner's processes are there, as far as Ray knows."""
+        return bool(getattr(self.learner, "alive", True))
 
     def close(self) -> None:
         """Ends every process this cluster started. Safe to call twice."""
@@ -102,6 +111,18 @@ class RemoteLearner:
 
     def save(self, folder: str | Path, state: bool = True) -> None:
         self._get("save", str(Path(folder).resolve()), state)
+
+    @property
+    def alive(self) -> bool:
+        import ray
+
+        try:
+            ray.get([actor.address.remote() for actor in self.actors], timeout=DEATH_GRACE_S)
+        except ray.exceptions.RayActorError:
+            return False
+        except ray.exceptions.GetTimeoutError:
+            return True  # busy
+        return True
 
     def join(self) -> None:
         """Brings the ranks together in one process group, at an address of the first one's machine."""
@@ -152,7 +173,7 @@ class RemoteLearner:
                 if ray.wait([reference], timeout=0, fetch_local=False)[0] and not (method == "weights" and rank == 0):
                     ray.get(reference)
             except ray.exceptions.RayActorError as dead:
-                return RuntimeError(
+                return ClusterLost(
                     f"the learner's {name} died during {method}: {dead}; resume=true goes on from the last checkpoint"
                 )
             except ray.exceptions.RayError:
@@ -200,8 +221,11 @@ def connect(config: Config) -> Iterator[Cluster]:
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
-    """Ray for this process: started here, joined at cluster.address or RAY_ADDRESS, or the one already there, which is left running."""
+def ray_session(config: Config, copies: int = 1) -> Iterator[None]:
+    """Ray for this process: started here, joined at cluster.address or RAY_ADDRESS, or the one already there, which is left running.
+
+    One that is started here has logical CPUs for `copies` clusters of the config.
+    """
     # Otherwise ray.init() writes a token file into the home folder, and later `ray job submit` wants it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, else it warns at every start
@@ -215,7 +239,7 @@ def ray_session(config: Config) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "winnow", "log_to_driver": False}
     if address is None:
         # Logical CPUs: a laptop with fewer cores than threads asked for runs too, only slower.
-        cpus = max(os.cpu_count() or 1, sum(bundle["CPU"] for bundle in bundles(config)))
+        cpus = max(os.cpu_count() or 1, copies * sum(bundle["CPU"] for bundle in bundles(config)))
         options |= {"include_dashboard": False, "num_cpus": cpus, "address": "local"}
     else:
         options["address"] = address
@@ -263,6 +287,14 @@ def bundles(config: Config) -> list[dict[str, float]]:
         {name: amount for name, amount in bundle.items() if amount}
         for bundle in (*[learner] * config.learner.ranks, *[worker] * config.rollout.workers)
     ]
+
+
+def has_room(config: Config) -> bool:
+    """Whether the cluster has enough free at this moment for one more learner and pool of this config."""
+    import ray
+
+    free, wanted = ray.available_resources(), bundles(config)
+    return all(free.get(name, 0.0) >= sum(bundle.get(name, 0.0) for bundle in wanted) for name in ("CPU", "GPU"))
 
 
 @contextmanager

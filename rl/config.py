@@ -359,7 +359,12 @@ def to_yaml(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """12 hex digits that name the configuration; where a run is kept and whether it resumes do not count."""
-    values = {key: value for key, value in to_mapping(config).items() if key not in ("runs_dir", "resume", "cluster")}
+    return values_hash(to_mapping(config))
+
+
+def values_hash(mapping: Mapping[str, Any]) -> str:
+    """`config_hash` of a configuration that was written as YAML, whatever keys this version has."""
+    values = {key: value for key, value in mapping.items() if key not in ("runs_dir", "resume", "cluster")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -129,11 +129,12 @@ def train_student(
     folder: Path,
     progress: Say = print,
     teachers: Mapping[str, str] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """The student's folder and its curves, from the model that `cluster` holds, by `options.method`.
 
     sft: on the rows of `files` and `options.rows`. on_policy: `teachers` (domain -> model folder) score its own samples. both: one, then
-    the other. The model is written to `folder`, losses.json (and on_policy.jsonl) beside it.
+    the other; on_policy begins no step after `seconds`. The model is written to `folder`, losses.json (and on_policy.jsonl) beside it.
     """
     result: dict[str, Any] = {"model": str(folder)}
     if options.method != "on_policy":
@@ -148,7 +149,7 @@ def train_student(
             config = replace(config, model=replace(config.model, path=str(folder.parent / "sft")))
             cluster.start(config)
         log = folder.parent / "on_policy.jsonl"
-        result["kl"] = distill_on_policy(config, cluster, teachers or {}, options.steps, log, progress)
+        result["kl"] = distill_on_policy(config, cluster, teachers or {}, options.steps, log, progress, seconds)
         cluster.learner.save(folder, state=False)
     return result
 

@@ -241,6 +241,12 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    if arguments.provenance:
+        from winnow.rl.provenance import trace_lines
+
+        for line in trace_lines(Path(arguments.run)):
+            print(line)
+        return
     from winnow.rl.report import write_report
 
     print(write_report(Path(arguments.run), Path(arguments.out) if arguments.out else None))

@@ -42,7 +42,7 @@ def config(tmp_path: Path, model: Path) -> Path:
 BAD = [
     (
         "train nowhere.yaml",
-        "config file nowhere.yaml does not exist, and the shipped configs are agent, alignment, coding, demo",
+        "config file nowhere.yaml does not exist, and the shipped configs are agent, agent_thinking, alignment",
     ),
     ("train CONFIG learner.lrr=1", "unknown key learner.lrr: did you mean learner.lr?"),
     ("train CONFIG learner.lr=fast", "learner.lr is 'fast', but it must be a number"),

@@ -33,9 +33,10 @@ from winnow.rl.learner import Learner
 from winnow.rl.lineage import check_same_base, tokenizer_hash, weights_hash
 from winnow.rl.manifest import Manifest
 from winnow.rl.on_policy import distill_on_policy
-from winnow.rl.pipeline import Pipeline, result_table
+from winnow.rl.pipeline import Pipeline
 from winnow.rl.pipeline_config import DataConfig, PipelineConfig, make_pipeline
 from winnow.rl.rendering import TrainingTemplate
+from winnow.rl.results import result_table
 from winnow.rl.sampler import TaskSampler, domain_tasks
 from winnow.rl.teachers import Teachers
 from winnow.rollout.local_pool import LocalPool
@@ -521,7 +522,7 @@ def test_a_teacher_like_the_student_teaches_nothing_and_batches_are_checked(babb
 
 CHILD = """
 import json, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from winnow.rl.cluster import Cluster, worker_spec
 from winnow.rl.learner import Learner
 from winnow.rl.pipeline import Pipeline
@@ -532,16 +533,25 @@ from winnow.rollout.local_pool import LocalPool
 def connect(config):
     yield Cluster(Learner(config), LocalPool(worker_spec(config)))
 
-Pipeline(make_pipeline(json.load(open(sys.argv[1]))), lambda text: print(text, flush=True), connect).run()
+config = make_pipeline(json.load(open(sys.argv[1])))
+Pipeline(config, lambda text: print(text, flush=True), connect, lambda config, copies: nullcontext(), lambda config: True).run()
 """
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_points_it_completes_with_the_same_tables(babbler: Path, tmp_path: Path) -> None:
-    """SIGKILL after a random number of lines of progress and a random moment more, ten times; then to the end."""
-    for name in ("whole", "killed"):
+@pytest.mark.parametrize("width", [1, 2])
+def test_killed_at_ten_random_points_it_completes_with_the_same_tables(
+    babbler: Path, tmp_path: Path, width: int
+) -> None:
+    """SIGKILL after a random number of lines of progress and a random moment more, ten times; then to the end. `width`: stages at a time;
+    the run that is not killed has one at a time."""
+    for name, parallel in (("whole", 1), ("killed", width)):
         config = pipeline_config(
-            tmp_path / name, babbler, "run.schedule.save_every=1", "student={epochs: 2, batch_tokens: 400}"
+            tmp_path / name,
+            babbler,
+            f"parallel={parallel}",
+            "run.schedule.save_every=1",
+            "student={epochs: 2, batch_tokens: 400}",
         )
         (tmp_path / f"{name}.json").write_text(json.dumps(to_mapping(config)))
 
