@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from winnow.rl.checkpoints import Checkpoint
 from winnow.rl.config import Config, ConfigError
 from winnow.rl.run import code_version
+from winnow.rl.watch import watch_learner
 from winnow.rollout.schema import Group, Request
 
 CLOSE_TIMEOUT_S = 30.0
@@ -45,8 +47,14 @@ class LearnerLike(Protocol):
 class Cluster:
     """A learner and a pool. Use as a context manager, or call `close`."""
 
-    def __init__(self, learner: LearnerLike, pool: Any, on_close: Callable[[], None] | None = None) -> None:
-        self.learner, self.pool, self._on_close = learner, pool, on_close
+    def __init__(
+        self,
+        learner: LearnerLike,
+        pool: Any,
+        on_close: Callable[[], None] | None = None,
+        watching: threading.Event | None = None,
+    ) -> None:
+        self.learner, self.pool, self._on_close, self._watching = learner, pool, on_close, watching
 
     def start(self, config: Config, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
         """Loads model and optimizer for this config (or the checkpoint) and gives the pool the same weights."""
@@ -68,6 +76,8 @@ class Cluster:
     def close(self) -> None:
         """Ends every process this cluster started. Safe to call twice."""
         on_close, self._on_close = self._on_close, None
+        if self._watching is not None:
+            self._watching.set()
         if on_close is not None:
             self.pool.shutdown()
             on_close()
@@ -350,7 +360,8 @@ def build(config: Config, learner_group: Any, worker_group: Any) -> Cluster:
     except BaseException:
         close()
         raise
-    return Cluster(learner, pool, close)
+    watching = watch_learner(actors, pool.shutdown)
+    return Cluster(learner, pool, close, watching)
 
 
 def _inside(group: Any, bundle: int = 0) -> Any:

@@ -67,10 +67,16 @@ class Lanes:
                     self._free.append(number)
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Ends every lane's processes; a job that still works on one fails."""
+    def stop(self) -> None:
+        """From now on a job that waits for a lane raises KeyboardInterrupt."""
         with self._changed:
             self.stopping = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends every lane's processes; a job that still works on one fails."""
+        self.stop()
+        with self._changed:
             numbers = list(self._open)
         for number in numbers:
             self._drop(number)

@@ -69,6 +69,10 @@ class Pipeline:
         if self._stopping.is_set() and threading.current_thread() is not threading.main_thread():
             raise KeyboardInterrupt
 
+    def _stop(self) -> None:
+        self._stopping.set()
+        self._lanes.stop()
+
     def run(self) -> dict[str, Any]:
         """Does what is left to do; returns and writes result.json. KeyboardInterrupt leaves every finished stage in place."""
         from winnow.rl.report import write_report
@@ -95,7 +99,7 @@ class Pipeline:
         done: dict[str, Any] = {}
         jobs = self._jobs(sparse, done)
         with Interrupts() if self.config.parallel > 1 else nullcontext():
-            run_jobs(jobs, self.config.parallel, done, self._stopping.set, self._lanes.close)
+            run_jobs(jobs, self.config.parallel, done, self._stop, self._lanes.close)
         models = {"base": sparse} | {job.name: done[job.name] for job in jobs if is_model(job.name)}
         found = {name: done[f"evaluation-{name}"] for name in models if f"evaluation-{name}" in done}
         if self.config.floors and found:
