@@ -611,7 +611,7 @@ def test_every_row_leads_back_and_what_was_tampered_with_is_named(
         ("sums", True, True),
     ]
     lines = "\n".join(trace_lines(run_folder))
-    assert "verified" in lines and "duplicate" in lines and "checkpoints/step-000002" in lines
+    assert "verified" in lines and "low_reward" in lines and "checkpoints/step-000002" in lines
     rows, data = read_rows(run_folder / "data" / "sums.jsonl"), run_folder / "data"
     [shard] = (run_folder / "data" / "shards").glob("sums@*/00000.jsonl")
 
@@ -621,7 +621,6 @@ def test_every_row_leads_back_and_what_was_tampered_with_is_named(
         with pytest.raises(ValueError, match=message):
             trace_run(run_folder)
         file.write_bytes(before)
-        trace_run(run_folder)
 
     last = f"sums\\.jsonl:{len(rows)}: "
     text = json.dumps(rows[-1].messages[-1]["content"]).encode()
@@ -655,6 +654,7 @@ def test_every_row_leads_back_and_what_was_tampered_with_is_named(
         lambda b: b.replace(b"seed: 0", b"seed: 1", 1),
         r"sums\.jsonl:1: .*it was changed",
     )
+    trace_run(run_folder)  # everything is back
     gone = run_folder / "data" / "sums.jsonl"
     gone.write_text(gone.read_text().replace("step-000002", "step-000009"))
     with pytest.raises(ValueError, match=r"sums\.jsonl:1: checkpoint is .*step-000009"):
