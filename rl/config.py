@@ -63,6 +63,7 @@ class DomainConfig:
         default_factory=dict
     )  # reward parts with weights: each normalised in its group, then summed (GDPO); empty: the reward itself
     environment: str | None = None  # for rows of a file: where their episodes take place
+    template: dict = field(default_factory=dict)  # options of the chat template, e.g. {enable_thinking: false}
     length_penalty: float = number(0.0, low=0)  # weight of the soft overlong penalty
     script: str = "latin"  # what replies should be written in, for language_penalty: latin, cyrillic, cjk, ...
     language_penalty: float = number(0.0, low=0)  # for all letters in another script
@@ -401,7 +402,12 @@ def to_yaml(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """12 hex digits that name the configuration; where a run is kept and whether it resumes do not count."""
-    values = {key: value for key, value in to_mapping(config).items() if key not in ("runs_dir", "resume", "cluster")}
+    return values_hash(to_mapping(config))
+
+
+def values_hash(mapping: Mapping[str, Any]) -> str:
+    """`config_hash` of a configuration that was written as YAML, whatever keys this version has."""
+    values = {key: value for key, value in mapping.items() if key not in ("runs_dir", "resume", "cluster")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
