@@ -22,7 +22,7 @@ from winnow.kernels.sparse_prefill import capability, plan_for, row_places, spar
 PARTS_BYTES = 1 << 31
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["offsets"])
 def _backward(
     q, k, v, out, grad, lse, dq, parts, sums, keys, bits, offsets, first, rows, origin, begin, blocks, shift, scale,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
