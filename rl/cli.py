@@ -93,6 +93,9 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         metavar="S",
         help="--table: leave out what would take longer; the same command goes on",
     )
+    convert.add_argument(
+        "--recipe-only", action="store_true", help="--table: the dense control and the recipe at each k, nothing else"
+    )
     for name, shipped, text in (
         ("train", "coding, smollm2, train", "one RL run: a specialist or the mixed stage"),
         (

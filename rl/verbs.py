@@ -24,7 +24,8 @@ def convert(arguments: argparse.Namespace) -> None:
         from winnow.rl.ablation import as_markdown, convert_table
 
         ks = arguments.k or [options.top_k]
-        print(as_markdown(convert_table(arguments.model, arguments.out, options, ks, say, arguments.limit_s)))
+        made = convert_table(arguments.model, arguments.out, options, ks, say, arguments.limit_s, arguments.recipe_only)
+        print(as_markdown(made))
         return
     run(arguments.model, arguments.out, options, progress=say)
 
