@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -127,7 +128,7 @@ class RolloutWorker:
         """Begins samples of a request: sample number -> the ticket under which `finished` will return it."""
         for sample, ticket in tickets.items():
             result = self._submit(replace(request, num_samples=1, first_sample=sample))
-            result.add_done_callback(lambda done, ticket=ticket: self._outbox.put((ticket, outcome_of(done))))
+            result.add_done_callback(partial(self._hand_over, ticket))
 
     async def finished(self) -> list[tuple[int, tuple[Trajectory, ...] | Exception]]:
         """(ticket, its sample or why there is none) of what ended since the last call; waits for something to, at most a minute."""
@@ -185,6 +186,9 @@ class RolloutWorker:
         admitted.add_done_callback(lambda f: _resolve(result, f.exception()) if f.exception() else None)
         self._inbox.put((start, admitted))
         return result
+
+    def _hand_over(self, ticket: int, done: Future) -> None:
+        self._outbox.put((ticket, outcome_of(done)))
 
     def _cancel(self, keys: Sequence[str]) -> None:
         for key in keys:
