@@ -47,6 +47,7 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         index_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        record_limit: int = 1 << 30,  # bytes of host memory for the records of published pages
     ) -> None:
         for name, value in {"num_pages": num_pages, "page_size": page_size}.items():
             if value < 1:
@@ -71,6 +72,7 @@ class PagedCache:
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._records: dict[int, np.ndarray] = {}  # of published pages, see `publish`
+        self._record_bytes, self._record_limit = 0, record_limit
 
     @property
     def num_free(self) -> int:
@@ -132,16 +134,23 @@ class PagedCache:
         return keys
 
     def publish(self, key: bytes, page: int, record: np.ndarray | None = None) -> bool:
-        """Lets `match` find a held, full page, which nobody may write any more. False where the key finds an equal page already.
+        """Lets `match` find a held, full page, which nobody may write any more. False where the key finds an equal page already, or
+        where the record has no room.
 
-        record: the index sets [layers, rows, k] of the page's queries, where they are recorded; who reuses the page gets them too.
+        record: the index sets [layers, rows, k] of the page's queries, where they are recorded; who reuses the page gets them too. They
+        can be larger than the page itself, so kept pages make room for them, the oldest first.
         """
         assert self._references[page] > 0, f"page {page} is free and cannot be published"
         if key in self._page_of or page in self._key_of:
             return False
-        self._page_of[key], self._key_of[page] = page, key
         if record is not None:
+            while self._record_bytes + record.nbytes > self._record_limit and self._kept:
+                self._free.append(self._reclaim())
+            if self._record_bytes + record.nbytes > self._record_limit:
+                return False
             self._records[page] = record
+            self._record_bytes += record.nbytes
+        self._page_of[key], self._key_of[page] = page, key
         return True
 
     def published(self, key: bytes) -> bool:
@@ -164,12 +173,14 @@ class PagedCache:
         self._free += reversed(self._kept)
         for store in (self._kept, self._page_of, self._key_of, self._records):
             store.clear()
+        self._record_bytes = 0
 
     def _reclaim(self) -> int:
         """The page that has been kept longest, without its key."""
         page, _ = self._kept.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]
-        self._records.pop(page, None)
+        if (record := self._records.pop(page, None)) is not None:
+            self._record_bytes -= record.nbytes
         return page
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:

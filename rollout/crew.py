@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from winnow.rollout.handles import PoolLimits, Sent, Worker, cause_of, last_lines, options_of
@@ -41,6 +41,7 @@ class Crew:
         self.refusals: dict[int, Exception] = {}  # version -> a worker's refusal of that update
         self._options = [options_of(each, spec.threads) for each in options]
         self._class, self._up = worker_class, False
+        self._tickets = count()  # of samples that were sent: a late answer to one that was cancelled fits no other
         self.workers = [Worker(number) for number in range(len(options))]
         for worker in self.workers:
             self._start(worker)
@@ -51,8 +52,8 @@ class Crew:
 
     def references(self) -> list[Any]:
         """Everything that a worker still owes an answer to."""
-        awaited = [ref for worker in self.workers for ref in (worker.awaited, worker.ping) if ref is not None]
-        return awaited + [ref for worker in self.workers for ref in worker.sent]
+        calls = [ref for w in self.workers for ref in (w.awaited, w.ping, w.poll, *w.asked)]
+        return [ref for ref in calls if ref is not None]
 
     def dispatch(self) -> None:
         """Sends requests, oldest first, each to the ready worker with the fewest samples under way, up to 1.5 batches."""
@@ -64,9 +65,9 @@ class Crew:
                 return
             worker = min(free, key=lambda w: (w.load, w.number))
             job, samples = self.ledger.take()
-            for sample in samples:
-                part = replace(job.request, num_samples=1, first_sample=sample)
-                worker.sent[worker.actor.generate.remote([part])] = Sent(job, part, time.monotonic())
+            tickets = {sample: next(self._tickets) for sample in samples}
+            worker.sent |= {ticket: Sent(job, sample, time.monotonic()) for sample, ticket in tickets.items()}
+            worker.asked[worker.actor.start.remote(job.request, tickets)] = list(tickets.values())
 
     def load(self, weights: tuple[Any, int]) -> tuple[Any, int] | None:
         """From now on every worker must have these; the ready ones get them now. Returns what they replace."""
@@ -80,10 +81,9 @@ class Crew:
         """Takes in one finished reference."""
         import ray
 
-        worker = next((w for w in self.workers if ref in (w.awaited, w.ping) or ref in w.sent), None)
+        worker = next((w for w in self.workers if ref in (w.awaited, w.ping, w.poll) or ref in w.asked), None)
         if worker is None:
             return  # of a worker replaced since
-        sent = worker.sent.get(ref)
         try:
             value = ray.get(ref, timeout=self.limits.load_timeout_s)
         except ray.exceptions.RayActorError as error:
@@ -93,16 +93,18 @@ class Crew:
             return
         except Exception as error:
             cause = getattr(error, "cause", None) or error
-            if sent is None:
-                self._answer_failed(worker, cause)
+            if ref == worker.poll:  # nobody knows which samples were in it
+                self._replace(worker, f"could not hand over what it generated: {cause_of(error)}")
+            elif ref in worker.asked:
+                self._take_in(worker, [(ticket, cause) for ticket in worker.asked.pop(ref)])
             else:
-                del worker.sent[ref]
-                self._lost(sent.job, [sent.sample], cause, f"failed on {worker}")
+                self._answer_failed(worker, cause)
             return
-        if sent is not None:
-            worker.progress = time.monotonic()
-            del worker.sent[ref]
-            self.ledger.deliver(sent.job, sent.sample, value[0].trajectories)
+        if ref == worker.poll:
+            worker.poll = worker.actor.finished.remote()
+            self._take_in(worker, value)
+        elif ref in worker.asked:
+            del worker.asked[ref]
         elif ref == worker.ping:
             worker.ping, worker.pinged = None, time.monotonic()
         else:
@@ -134,8 +136,8 @@ class Crew:
         """Forgets what is left of a call, here and on the workers."""
         self.ledger.drop(call)
         for worker in self.workers:
-            mine = [ref for ref, each in worker.sent.items() if each.job.call is call]
-            keys = [worker.sent.pop(ref).part.key for ref in mine]
+            mine = [ticket for ticket, each in worker.sent.items() if each.job.call is call]
+            keys = [worker.sent.pop(ticket).key for ticket in mine]
             if keys and worker.state in ("ready", "loading"):
                 worker.actor.cancel.remote(keys)
 
@@ -148,7 +150,7 @@ class Crew:
     def kill(self, worker: Worker) -> None:
         import ray
 
-        worker.awaited = worker.ping = None
+        worker.awaited = worker.ping = worker.poll = None
         if worker.actor is not None:
             try:
                 ray.kill(worker.actor, no_restart=True)
@@ -185,6 +187,20 @@ class Crew:
         if worker.state == "starting" or worker.failures:
             log.info("%s is ready with weights of version %d", str(worker), worker.version)
         worker.state, worker.failures, self._up = "ready", 0, True
+        if worker.poll is None:
+            worker.poll = worker.actor.finished.remote()
+
+    def _take_in(self, worker: Worker, results: Sequence[tuple[int, Any]]) -> None:
+        """Samples that a worker finished, or why it could not."""
+        for ticket, outcome in results:
+            sent = worker.sent.pop(ticket, None)
+            if sent is None:
+                continue  # cancelled meanwhile
+            worker.progress = time.monotonic()
+            if isinstance(outcome, Exception):
+                self._lost(sent.job, [sent.sample], outcome, f"failed on {worker}")
+            else:
+                self.ledger.deliver(sent.job, sent.sample, outcome)
 
     def _answer_failed(self, worker: Worker, cause: Exception) -> None:
         if worker.state == "loading" and isinstance(

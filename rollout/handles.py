@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from winnow.rollout.ledger import Job
-from winnow.rollout.schema import Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,16 +24,16 @@ class PoolLimits:
 
 @dataclass(eq=False, slots=True)
 class Sent:
-    """One sample of a job at a worker: the part of the request that was sent, and when (monotonic seconds)."""
+    """One sample of a job at a worker, and when it was sent (monotonic seconds)."""
 
     job: Job
-    part: Request
+    sample: int
     at: float
 
     @property
-    def sample(self) -> int:
-        assert self.part.first_sample is not None
-        return self.part.first_sample
+    def key(self) -> str:
+        """Its name at the worker, see `Request.key`."""
+        return replace(self.job.request, first_sample=self.sample).key
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +45,9 @@ class Worker:
     awaited: Any = None  # what the state waits for
     loading: int = -1  # the version being loaded
     version: int = -1
-    sent: dict[Any, Sent] = field(default_factory=dict)  # by result reference
+    sent: dict[int, Sent] = field(default_factory=dict)  # by ticket
+    asked: dict[Any, list[int]] = field(default_factory=dict)  # calls of `start` under way -> tickets
+    poll: Any = None  # the call of `finished` under way
     progress: float = 0.0  # when it last delivered
     ping: Any = None  # a heartbeat that was asked for, and when the last one was asked for or answered
     pinged: float = 0.0
@@ -65,6 +66,7 @@ class Worker:
         for each in self.sent.values():
             missing.setdefault(each.job, []).append(each.sample)
         self.sent.clear()
+        self.asked.clear()
         return missing
 
     @property
@@ -72,7 +74,7 @@ class Worker:
         """What it is busy with, in words."""
         if not self.sent:
             return self.state if self.state != "ready" else "idle"
-        names = sorted({each.part.request_id for each in self.sent.values()})
+        names = sorted({each.job.request.request_id for each in self.sent.values()})
         return f"generating {names[0]!r} ({len(names)} requests)"
 
     def __str__(self) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -21,11 +23,11 @@ import numpy as np
 
 from winnow.rollout.engine import Engine, EngineConfig
 from winnow.rollout.episode import EnvironmentFactory, EpisodeRunner
-from winnow.rollout.schema import Group, Request
+from winnow.rollout.schema import Group, Request, Trajectory
 from winnow.rollout.template import ChatTemplate
 from winnow.rollout.weights import WeightUpdate, unpack
 
-_POLL_S = 0.02  # between two looks whether a drain is over
+_POLL_S = 0.02  # between two looks whether a drain is over, or a sample done
 _IDLE_S = 60.0  # how long the engine's thread waits for a call at a time
 
 
@@ -104,6 +106,7 @@ class RolloutWorker:
         self.runner = build_runner(spec)
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._results: dict[str, Future] = {}
+        self._outbox: queue.SimpleQueue[tuple[int, tuple[Trajectory, ...] | Exception]] = queue.SimpleQueue()
         threading.Thread(target=self._drive, name="winnow-engine", daemon=True).start()
 
     async def ping(self) -> dict[str, Any]:
@@ -120,6 +123,19 @@ class RolloutWorker:
         """Samples the requests together with whatever else is running here; all groups, in the order of the requests."""
         futures = [self._submit(request) for request in requests]
         return [await asyncio.wrap_future(future) for future in futures]
+
+    async def start(self, request: Request, tickets: Mapping[int, int]) -> None:
+        """Begins samples of a request: sample number -> the ticket under which `finished` will return it."""
+        for sample, ticket in tickets.items():
+            result = self._submit(replace(request, num_samples=1, first_sample=sample))
+            result.add_done_callback(partial(self._hand_over, ticket))
+
+    async def finished(self) -> list[tuple[int, tuple[Trajectory, ...] | Exception]]:
+        """(ticket, its sample or why there is none) of what ended since the last call; waits for something to, at most a minute."""
+        until = time.monotonic() + _IDLE_S
+        while self._outbox.empty() and time.monotonic() < until:
+            await asyncio.sleep(_POLL_S)
+        return [self._outbox.get_nowait() for _ in range(self._outbox.qsize())]
 
     async def cancel(self, keys: Sequence[str]) -> None:
         """Drops requests, by `Request.key`; their `generate` calls raise."""
@@ -171,6 +187,9 @@ class RolloutWorker:
         self._inbox.put((start, admitted))
         return result
 
+    def _hand_over(self, ticket: int, done: Future) -> None:
+        self._outbox.put((ticket, outcome_of(done)))
+
     def _cancel(self, keys: Sequence[str]) -> None:
         for key in keys:
             self.runner.cancel(key)
@@ -211,3 +230,15 @@ def _resolve(future: Future, outcome: Any) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def outcome_of(done: Future) -> tuple[Trajectory, ...] | Exception:
+    """The trajectories of a request that ended, or its error in a form that can travel."""
+    error = done.exception()
+    if error is None:
+        return done.result().trajectories
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does there
+        return RuntimeError(repr(error))
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))

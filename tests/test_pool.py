@@ -98,6 +98,23 @@ def fake_worker_class():
                 if starts < int(times):
                     os.kill(os.getpid(), signal.SIGKILL)
             self.number, self.version = number, 0
+            self.tasks, self.ended = [], asyncio.Queue()
+
+        async def start(self, request, tickets):
+            for sample, ticket in tickets.items():
+                part = replace(request, num_samples=1, first_sample=sample)
+                self.tasks.append(asyncio.create_task(self.answer(part, ticket)))
+
+        async def answer(self, part, ticket):
+            try:
+                outcome = (await self.generate([part]))[0].trajectories
+            except Exception as error:
+                outcome = error
+            await self.ended.put((ticket, outcome))
+
+        async def finished(self):
+            first = await self.ended.get()
+            return [first, *(self.ended.get_nowait() for _ in range(self.ended.qsize()))]
 
         async def ping(self):
             log = os.path.realpath("/proc/self/fd/2")
@@ -312,10 +329,11 @@ def test_a_pool_that_cannot_start_says_why(ray_cluster):
 
 def test_a_pool_of_one_goes_on_after_a_kill_a_freeze_and_a_full_store(ray_cluster, tmp_path, caplog):
     limits = PoolLimits(request_timeout_s=60.0, start_timeout_s=60.0, ping_timeout_s=3.0)
-    texts = ["fine", f"suicide:{tmp_path}/a", f"freeze:{tmp_path}/b", f"full:{tmp_path}/c", "slow:0.1"]
+    texts = ["fine", f"suicide:{tmp_path}/a", f"freeze:{tmp_path}/b", "slow:0.1"]
     with caplog.at_level(logging.WARNING, "winnow.rollout"), fake_pool(1, limits) as pool:
         requests = [request_of(f"r{i}", text) for i, text in enumerate(texts)]
         assert names(pool.generate(requests)) == [r.request_id for r in requests]
+        assert names(pool.generate([request_of("full", f"full:{tmp_path}/c")])) == ["full"]
         assert not pool._ledger.names and not pool._ledger.line and not pool._ledger._calls
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == 2 and "died while generating" in errors[0]

@@ -15,7 +15,7 @@ from winnow.rollout.engine import Engine, EngineConfig
 from winnow.rollout.schema import Sampling
 
 TOP_K, VOCAB = 8, 61
-GREEDY = Sampling(max_tokens=30, temperature=0.0)
+GREEDY, SHORT = Sampling(max_tokens=30, temperature=0.0), Sampling(max_tokens=8, temperature=0.0)
 
 
 def make_model(seed=0, sparse=True):
@@ -64,9 +64,8 @@ def check_against_the_learner(engine, sequence):
         assert torch.equal(found.counts[:-1], again[layer].counts[:-1])
 
 
-@pytest.mark.parametrize("selector", ["indexer", "random"])
-def test_a_second_request_starts_behind_what_the_first_left(selector):
-    engine = make_engine(record_indices=True, selector=selector)
+def test_a_second_request_starts_behind_what_the_first_left():
+    engine = make_engine(record_indices=True)
     first, second = prompt_of(42), prompt_of(42)[:30] + prompt_of(15, 9)
     [[one]] = engine.generate([first], GREEDY)
     assert engine.stats["prefill_tokens"] == 42 and engine.stats["reused_tokens"] == 0
@@ -76,14 +75,13 @@ def test_a_second_request_starts_behind_what_the_first_left(selector):
     assert engine.stats["reused_tokens"] == 28 + 40  # 42 // 4 pages, and the last tokens for their logits
     assert again.tokens == one.tokens and again.records[0][0].base is None
     for sequence in (two, again):
-        fresh = make_engine(record_indices=True, selector=selector)
+        fresh = make_engine(record_indices=True)
         [[want]] = fresh.generate([sequence.tokens[: sequence.turn_start]], GREEDY)
         assert sequence.tokens == want.tokens
         np.testing.assert_allclose(sequence.logprobs, want.logprobs, atol=1e-5)
         left, right = (sets_of(engine, s) for s in (sequence, want))
         assert all(torch.equal(left[layer].indices, right[layer].indices) for layer in left)
-    if selector == "indexer":
-        check_against_the_learner(engine, two)
+    check_against_the_learner(engine, two)
 
 
 def test_a_finished_turn_is_a_prefix_too():
@@ -127,28 +125,28 @@ def test_a_weight_update_leaves_no_page_of_the_old_policy():
 
 
 def test_kept_pages_never_stand_in_the_way_and_the_oldest_go_first():
-    engine = make_engine(num_pages=24, record_indices=True)
+    engine = make_engine(num_pages=20, record_indices=True)
     prompts = [prompt_of(30, seed) for seed in range(5)]
     for prompt in prompts:
-        [[sequence]] = engine.generate([prompt], GREEDY)
-        check_against_the_learner(engine, sequence)
-    assert engine.cache.num_free == 24 and engine.scheduler.preemptions == 0
-    assert len(engine.cache._page_of) == len(engine.cache._key_of) <= 24 and set(engine.cache._records) <= set(
+        [[sequence]] = engine.generate([prompt], SHORT)
+    check_against_the_learner(engine, sequence)
+    assert engine.cache.num_free == 20 and engine.scheduler.preemptions == 0
+    assert len(engine.cache._page_of) == len(engine.cache._key_of) <= 20 and set(engine.cache._records) <= set(
         engine.cache._key_of
     )
     before = engine.stats["reused_tokens"]
-    engine.generate([prompts[-1]], GREEDY)
+    engine.generate([prompts[-1]], SHORT)
     assert engine.stats["reused_tokens"] == before + 28
-    engine.generate([prompts[0]], GREEDY)
+    engine.generate([prompts[0]], SHORT)
     assert engine.stats["reused_tokens"] == before + 28, "reclaimed long ago"
 
 
 def test_a_crowded_cache_with_common_prefixes_changes_nothing():
     common = prompt_of(24)
-    prompts = [common[: 8 + 4 * (i % 5)] + prompt_of(9 + i, i) for i in range(8)]
-    sampling = Sampling(max_tokens=40, seed=2)
+    prompts = [common[: 8 + 4 * (i % 5)] + prompt_of(9 + i, i) for i in range(5)]
+    sampling = Sampling(max_tokens=24, seed=2)
     plain = make_engine(record_indices=True, reuse_prefixes=False)
-    tight = make_engine(record_indices=True, num_pages=30, prefill_chunk=9)
+    tight = make_engine(record_indices=True, num_pages=22, prefill_chunk=9)
     assert plain.stats["reused_tokens"] == 0
     for _ in range(2):  # the second time over what the first left
         want, got = (engine.generate(prompts, sampling, 2) for engine in (plain, tight))
@@ -156,7 +154,7 @@ def test_a_crowded_cache_with_common_prefixes_changes_nothing():
             assert a.tokens == b.tokens
             left, right = (s.index_record(TOP_K, (0, 1), np.uint16).indices for s in (a, b))
             np.testing.assert_array_equal(left, right)
-    assert tight.scheduler.preemptions > 0 and tight.stats["reused_tokens"] > 0 and tight.cache.num_free == 30
+    assert tight.scheduler.preemptions > 0 and tight.stats["reused_tokens"] > 0 and tight.cache.num_free == 22
     assert not plain.cache._page_of and plain.stats["reused_tokens"] == 0
 
 
@@ -182,6 +180,20 @@ def test_published_pages_of_the_cache():
         cache.publish(b"x", pages[0])
     cache.forget()
     assert cache.match(keys) == ([], []) and cache.num_free == 1
+
+
+def test_records_of_published_pages_are_bounded():
+    """Where they have no room the pages are not reused, and every record is complete all the same."""
+    roomy, tight = make_engine(record_indices=True), make_engine(record_indices=True)
+    tight.cache._record_limit = 40 * TOP_K * 2 * 2  # 40 rows of 2 layers, uint16
+    for prompt in [prompt_of(42), prompt_of(50, 1), prompt_of(42), prompt_of(42)]:
+        want, got = (engine.generate([prompt], SHORT)[0][0] for engine in (roomy, tight))
+        assert want.tokens == got.tokens
+        left, right = (sets_of(tight, sequence) for sequence in (want, got))
+        assert all(torch.equal(left[layer].indices, right[layer].indices) for layer in left)
+        held = sum(record.nbytes for record in tight.cache._records.values())
+        assert held == tight.cache._record_bytes <= tight.cache._record_limit
+    assert 0 < tight.stats["reused_tokens"] < roomy.stats["reused_tokens"] and tight.cache.num_free == 200
 
 
 def test_pause_resume_drain_and_abort():
