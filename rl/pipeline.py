@@ -24,6 +24,8 @@ from typing import Any
 
 from winnow.rl.cluster import Cluster, connect, worker_spec
 from winnow.rl.config import Config, config_hash, to_yaml
+from winnow.rl.forgetting import forgetting
+from winnow.rl.forgetting import lines as forgetting_lines
 from winnow.rl.holdout import holdout_requests
 from winnow.rl.manifest import Manifest
 from winnow.rl.pipeline_config import PipelineConfig, base_options, convert_options
@@ -62,6 +64,7 @@ class Pipeline:
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
         with self._exits:
             result = self._stages()
+        result["forgetting"] = forgetting(self.folder / "evaluation", list(result["models"]))
         result |= {"status": "done", "seconds": round(time.monotonic() - self._start, 1), "version": code_version()}
         (self.folder / "result.json").write_text(json.dumps(result, indent=1))
         if result["evaluation"]:
@@ -314,7 +317,9 @@ def result_table(result: Mapping[str, Any]) -> str:
                 "reward_high",
             ),
         ]
-    lines.append("")
+    last = list(result["models"])[-1]
+    changes = forgetting_lines({last: result.get("forgetting", {}).get(last, {})})
+    lines += ["", *changes, ""] if changes else [""]
     for name, results in result["evaluation"].items():
         for domain, r in results.items():
             if name.endswith(FLOORS):

@@ -70,6 +70,11 @@ def pipeline(arguments: argparse.Namespace) -> None:
 
     if config.model:
         read_config(resolve(config.model))
+    if getattr(arguments, "mixing", False):
+        from winnow.rl.mixing import Mixing
+
+        Mixing(config, say).run()
+        return
     run_pipeline(config, say)
 
 
