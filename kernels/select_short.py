@@ -39,7 +39,7 @@ def _select_short(
         page = _load_page(table_row, start, length, PAGE, BLOCK_N)
         key, scale = _load_keys(cache, cache, page, start, length, page_stride, D, PAGE, BLOCK_N, False, False, UPCAST)
         dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, H]
-        score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1) * scale
+        score = tl.sum(tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :], 1) * scale
         tl.store(mine + pos, score, mask=pos < length)
     tl.debug_barrier()
     offs = tl.arange(0, WIDTH)

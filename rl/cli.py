@@ -111,6 +111,12 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument(
             "--dry-run", action="store_true", help="print the resolved config, placement and memory; start nothing"
         )
+        if name == "pipeline":
+            verb.add_argument(
+                "--mixing",
+                action="store_true",
+                help="instead: one mixed run against a run for each domain, at equal compute",
+            )
         verb.add_argument(
             "--resume",
             action="store_true",

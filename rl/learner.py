@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +37,15 @@ from winnow.rl.batching import (
 )
 from winnow.rl.config import Config
 from winnow.rl.losses import LossInputs, compute_loss
-from winnow.rl.metrics import Tally, mismatch_metrics
+from winnow.rl.metrics import Tally
 from winnow.rl.optimizer import Optimizer, non_finite_gradients
 from winnow.rl.ranks import Ranks, whole
+from winnow.rl.step_report import STILL, Drift, StepRefused, StepReport, shares, where
 from winnow.rl.teachers import Teachers
 from winnow.rollout import weights
 from winnow.rollout.schema import Trajectory
 
 STATE_FILE = "learner.pt"
-
-
-class StepRefused(RuntimeError):
-    """A step that would have damaged the model. The message says what, where, and where the batch was saved."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepReport:
-    """What a step did. Metrics are named as in metrics.jsonl."""
-
-    step: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Learner:
@@ -154,7 +142,7 @@ class Learner:
 
     def step(self, batch: TrainBatch) -> StepReport:
         """Trains on one batch. Raises StepRefused, leaving the weights before the faulty update."""
-        tally, drift = Tally(), _Drift()
+        tally, drift = Tally(), Drift()
         extra = drift.metrics()
         old = self._old_logprobs(batch)
         for number, update in enumerate(batch.updates):
@@ -167,15 +155,15 @@ class Learner:
             if faults:
                 self._refuse(batch, faults[0][0], number, faults[0][1])
             if number == 0:
-                extra = _Drift.joined(self.ranks.gather(drift)).metrics()
-                self._check_parity(batch, {**_STILL, **self._merged(tally).result(), **extra})
+                extra = Drift.joined(self.ranks.gather(drift)).metrics()
+                self._check_parity(batch, {**STILL, **self._merged(tally).result(), **extra})
             if self.optimizer.has_gradients:
-                extra |= self._apply(batch, number) | _shares(norms)
+                extra |= self._apply(batch, number) | shares(norms)
         tally = self._merged(tally)
         tally.sums = {
             name: value / len(batch.updates) for name, value in tally.sums.items()
         }  # losses: the mean over updates
-        metrics = {**_STILL, **tally.result(), **extra, "lr": self.optimizer.lr}
+        metrics = {**STILL, **tally.result(), **extra, "lr": self.optimizer.lr}
         return StepReport(step=batch.step, metrics={**metrics, "tokens/trained": float(batch.num_trained_tokens)})
 
     def sft_step(self, examples: Sequence[Any], step: int = 0) -> StepReport:
@@ -221,7 +209,7 @@ class Learner:
         update: Update,
         old: Mapping[int, Tensor],
         tally: Tally,
-        drift: _Drift,
+        drift: Drift,
         norms: dict[str, float],
     ) -> tuple[str, str] | None:
         """Adds the gradients of this rank's micro-batches of one update; `norms` gets that of each domain where there are several.
@@ -263,7 +251,7 @@ class Learner:
         counts: bool,
         old: Mapping[int, Tensor],
         tally: Tally,
-        drift: _Drift,
+        drift: Drift,
     ) -> tuple[str, str] | None:
         """Forward and backward of one micro-batch, which is gone through and does not count where `counts` is False."""
         fault = None
@@ -283,7 +271,7 @@ class Learner:
                 output.metrics.sum("loss/indexer_kl", share.detach())
                 loss = loss + share
             if not torch.isfinite(loss):
-                fault = (f"the loss is {loss.item()}", _where(index, micro, inputs.logprobs))
+                fault = (f"the loss is {loss.item()}", where(index, micro, inputs.logprobs))
                 if self.ranks.world == 1:
                     return fault
             if loss.requires_grad:
@@ -424,50 +412,3 @@ class Learner:
             path.write_bytes(pickle.dumps(batch))
         where = f"step {batch.step}, update {update + 1} of {len(batch.updates)}{place}"
         raise StepRefused(f"{where}: {why}. The update was not made; the batch is in {path}")
-
-
-def _where(index: int, micro: MicroBatch, values: Tensor) -> str:
-    """Which sequences of a micro-batch have a value that is not finite."""
-    bad = (~torch.isfinite(values.detach())).cpu().numpy()
-    keys = [micro.keys[i] for i in sorted(set(micro.sequence_ids[bad]))] or list(micro.keys)
-    return f", micro-batch {index + 1}, sequences {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
-
-
-def _shares(norms: Mapping[str, float]) -> dict[str, float]:
-    """grad_norm_of/<domain>, before the clip, and each one's share of their sum: what 'equal share of the gradient' comes to."""
-    total = sum(norms.values()) or 1.0
-    return {f"grad_norm_of/{name}": norm for name, norm in norms.items()} | {
-        f"grad_share/{name}": norm / total for name, norm in norms.items()
-    }
-
-
-# What a step without anything to train reports, so that every line of metrics.jsonl has the same names.
-_STILL = {
-    "loss/policy": 0.0,
-    "clip_fraction": 0.0,
-    "entropy": 0.0,
-    "grad_norm": 0.0,
-    "index/jaccard": 1.0,
-    "index/selected_share": 1.0,
-    "index/sparse_rows": 0.0,
-}
-
-
-@dataclass
-class _Drift:
-    """The learner's and the rollout's log-probabilities of a step's first update, gathered over micro-batches."""
-
-    learner: list[np.ndarray] = field(default_factory=list)
-    rollout: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, learner: Tensor, rollout: np.ndarray) -> None:
-        self.learner.append(learner.float().cpu().numpy())
-        self.rollout.append(rollout)
-
-    @classmethod
-    def joined(cls, ranks: Sequence[_Drift]) -> _Drift:
-        return cls([a for part in ranks for a in part.learner], [a for part in ranks for a in part.rollout])
-
-    def metrics(self) -> dict[str, float]:
-        empty = [np.zeros(0, np.float32)]
-        return mismatch_metrics(np.concatenate(self.learner or empty), np.concatenate(self.rollout or empty))

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from winnow.rl.cluster import Cluster, LearnerDied, connect, has_room, ray_session, worker_spec
 from winnow.rl.config import Config, config_hash, to_yaml
+from winnow.rl.forgetting import forgetting
 from winnow.rl.holdout import holdout_requests
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.manifest import Manifest
@@ -84,6 +85,7 @@ class Pipeline:
                 result = self._stages()
             finally:
                 self._lanes.close()
+        result["forgetting"] = forgetting(self.folder / "evaluation", list(result["models"]))
         result |= {"status": "done", "seconds": round(time.monotonic() - self._start, 1), "version": code_version()}
         (self.folder / "result.json").write_text(json.dumps(result, indent=1))
         if result["evaluation"]:

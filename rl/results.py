@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from winnow.rl.forgetting import lines as forgetting_lines
 from winnow.rl.manifest import Manifest
 
 # columns of the result, in the order they are made; the last three are controls
@@ -59,7 +60,9 @@ def result_table(result: Mapping[str, Any]) -> str:
                 "reward_high",
             ),
         ]
-    lines.append("")
+    last = list(result["models"])[-1]
+    changes = forgetting_lines({last: result.get("forgetting", {}).get(last, {})})
+    lines += ["", *changes, ""] if changes else [""]
     costs = [f"{name} {seconds:.0f}" for name, seconds in result.get("spent", {}).items() if seconds]
     if costs:
         lines.append(f"{result['spent_unit']} after the conversion: {', '.join(costs)}")

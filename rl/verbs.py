@@ -75,6 +75,11 @@ def pipeline(arguments: argparse.Namespace) -> None:
     if config.model:
         read_config(resolve(config.model))
         check_templates(config.model, config.stage_run("evaluation", config.model).domains)
+    if getattr(arguments, "mixing", False):
+        from winnow.rl.mixing import Mixing
+
+        Mixing(config, say).run()
+        return
     run_pipeline(config, say)
 
 

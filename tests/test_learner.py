@@ -21,9 +21,10 @@ from winnow.rl.batching import TrainBatch, make_batch
 from winnow.rl.config import Config, LearnerConfig, make_config, to_mapping
 from winnow.rl.config import IndexerConfig as IndexerOptions
 from winnow.rl.flips import explain_flips
-from winnow.rl.learner import Learner, StepRefused, _Drift
+from winnow.rl.learner import Learner, StepRefused
 from winnow.rl.metrics import Tally
 from winnow.rl.optimizer import Optimizer
+from winnow.rl.step_report import Drift
 from winnow.rollout import records
 from winnow.rollout.schema import KeptSets, Trajectory
 from winnow.rollout.weights import unpack
@@ -137,7 +138,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(
     for micro_tokens in (1, 40, 500):
         learner = learner_for(folder, tmp_path, *overrides)
         batch = batch_of(trajectories_of(learner), micro_tokens=micro_tokens, keep_idle=True)
-        learner._accumulate(0, batch.updates[0], {}, Tally(), _Drift(), {})
+        learner._accumulate(0, batch.updates[0], {}, Tally(), Drift(), {})
         learner.optimizer.collect()
         grads.append({name: p.grad.clone() for name, p in learner.model.named_parameters() if p.grad is not None})
     assert any("indexer" in name for name in grads[0]) == ("indexer.train=kl" in overrides)

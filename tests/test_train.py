@@ -270,7 +270,7 @@ class Early:
         return list(self.groups)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [2, 5])
 def test_a_run_ahead_resumes_in_mid_buffer_to_the_bit(make: Callable[..., Any], stop: int) -> None:
     """Two further steps' groups are drawn and untrained at every checkpoint: the resumed run trains them as they are, and draws none again."""
     options = (
