@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
-from winnow.models.context import train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.convert_data import pack
+from winnow.rl.retention import reading_context
 
 PLACES = (
     "Oslo", "Lima", "Cairo", "Delhi", "Paris", "Tokyo", "Quito", "Dakar", "Riga", "Seoul", "Milan", "Boston", "Havana", "Vienna", "Lagos",
     "Berlin", "Madrid", "Athens", "Sofia", "Prague", "Dublin", "Warsaw", "Geneva", "Naples", "Kyoto", "Chicago", "Denver", "Dallas",
+    "Turin", "Genoa", "Porto", "Lisbon", "Bergen", "Malmo", "Tallinn", "Minsk", "Odessa", "Ankara", "Tehran", "Kabul", "Mumbai", "Hanoi",
+    "Manila", "Jakarta", "Sydney", "Perth", "Auckland", "Bogota", "Caracas", "Santiago", "Montreal", "Toronto", "Seattle", "Houston",
+    "Memphis", "Phoenix", "Nairobi", "Accra", "Tunis", "Algiers", "Beirut", "Baghdad", "Zurich", "Munich",
 )  # fmt: skip
 
 
@@ -33,6 +36,11 @@ class Haystack:
     tokens: list[int]
     answers: list[tuple[int, int]]
     depths: list[float]
+
+
+def densest(tokenizer: Any, length: int, wanted: int) -> int:
+    """As many needles as take a quarter of a text of `length` tokens, `wanted` at least: what a training text teaches the most with."""
+    return min(len(PLACES), max(wanted, length // (4 * max(1, room_needed(tokenizer, 1)))))
 
 
 def room_needed(tokenizer: Any, num_needles: int) -> int:
@@ -91,7 +99,7 @@ def found(model: Any, haystack: Haystack, selector: str) -> list[bool]:
     """Of each needle, in the order of the questions, whether the model would write its number."""
     batch = pack([haystack.tokens])
     weight = lm_head_weight(model)
-    ctx = train_context(batch.lengths, weight.device, selector=selector)
+    ctx = reading_context(model, batch.lengths, selector)
     tokens = batch.tokens.to(weight.device)
     hidden = hidden_states(model, tokens, ctx)
     rows = torch.cat([torch.arange(a - 1, b - 1) for a, b in haystack.answers]).to(weight.device)

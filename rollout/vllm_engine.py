@@ -71,7 +71,7 @@ class VllmEngine(Engine):
             "max_num_seqs": config.max_batch,
             "max_num_batched_tokens": max(config.prefill_chunk, config.max_batch),
             "enable_chunked_prefill": True,
-            "enable_prefix_caching": True,
+            "enable_prefix_caching": config.reuse_prefixes,
             "async_scheduling": False,  # a step returns what it has drawn
             "disable_log_stats": True,
         }
@@ -100,7 +100,8 @@ class VllmEngine(Engine):
         self.version = 0
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0, "prefill_steps": 0, "decode_steps": 0}
         self.scheduler: Any = VllmRequests(self)
-        self._runner.sampler.forward = self._sample
+        self.paused, self.fused, self.decoding = False, False, None  # of the native engine: see there
+        self._runner.sampler.forward = self._draw_step
         self._numbers = itertools.count()
         # of the last step, by vLLM's request id: token, log-probability, kept ids
         self._drawn: dict[str, tuple[int, float, np.ndarray | None]] = {}
@@ -108,7 +109,7 @@ class VllmEngine(Engine):
 
     def step(self) -> list[Sequence]:
         """One step of vLLM; returns the sequences whose turn ended. Extend or release each."""
-        if self.has_work:
+        if self.has_work and self.scheduler.turns:
             self._advance()
         ended, self._early = self._early, []
         return ended
@@ -179,7 +180,7 @@ class VllmEngine(Engine):
                     self._file(sequence, batch.sets, begin, end, start)
         for output in outputs:
             sequence = self.scheduler.by_name.get(output.request_id)
-            if sequence is not None and self._append(sequence, output):
+            if sequence is not None and self._take(sequence, output):
                 self._early.append(sequence)
         return found
 
@@ -191,7 +192,9 @@ class VllmEngine(Engine):
     def _file(self, sequence: Sequence, sets: np.ndarray | None, begin: int, end: int, start: int) -> None:
         """Rows begin .. end of a step were the sequence's queries from position `start` on: keeps the sets of those not recorded yet,
         for a request that was pushed out is computed again."""
-        if start < sequence.num_cached:
+        if sequence.num_cached == 0:
+            self.scheduler.reused_tokens += start
+        elif start < sequence.num_cached:
             self.scheduler.preemptions += 1
         sequence.num_cached = start + end - begin
         if not self.records or sequence.num_cached <= self.index_k:
@@ -207,7 +210,7 @@ class VllmEngine(Engine):
             assert sets is not None, "a query past top_k left no index set"
             records.append((sets, begin, end))
 
-    def _append(self, sequence: Sequence, output: Any) -> bool:
+    def _take(self, sequence: Sequence, output: Any) -> bool:
         """Appends what a turn drew in this step; whether the turn has ended with it."""
         [drawn] = output.outputs
         assert len(drawn.token_ids) <= 1, f"vLLM drew {len(drawn.token_ids)} tokens in one step"
@@ -240,7 +243,7 @@ class VllmEngine(Engine):
         return Turn(name, self._llm.add_request(name, prompt, parameters))
 
     def _params(self, sequence: Sequence) -> Any:
-        """What vLLM needs to know of the next turn; how its tokens are drawn is `_sample`'s business."""
+        """What vLLM needs to know of the next turn; how its tokens are drawn is `_draw_step`'s business."""
         return self._vllm.SamplingParams(
             max_tokens=sequence.limit - len(sequence.tokens),
             temperature=0.0,
@@ -250,7 +253,7 @@ class VllmEngine(Engine):
             output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
         )
 
-    def _sample(self, logits: Tensor, *_: Any, **__: Any) -> Any:
+    def _draw_step(self, logits: Tensor, *_: Any, **__: Any) -> Any:
         """Stands in for the forward of vLLM's sampler: logits [requests, V], in the order of its batch. The native engine's draws: they
         depend on the request, the sample and the position only. vLLM drops those of unfinished prefills; they cost no random state."""
         from vllm.v1.outputs import SamplerOutput

@@ -30,7 +30,8 @@ class VllmRequests:
         self.turns: dict[Sequence, Turn] = {}  # those under way
         self.by_name: dict[str, Sequence] = {}
         self.by_id: dict[str, Sequence] = {}
-        self.preemptions = 0
+        self.preemptions = self.reused_tokens = 0
+        self._held: list[Sequence] | None = None  # while draining: those that have not begun
         # whose cached prefixes a sequence may read: those of its prompt's samples, or from some point on only its own
         self.families: dict[Sequence, int] = {}
         self._prompts: dict[tuple[int, ...], Prompt] = {}
@@ -38,7 +39,27 @@ class VllmRequests:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.turns)
+        return bool(self.turns or self._held)
+
+    @property
+    def started(self) -> list[Sequence]:
+        """Live samples that have drawn a token."""
+        return [sequence for sequence in self.live if sequence.prompt is None]
+
+    @property
+    def draining(self) -> bool:
+        return self._held is not None
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        """Takes back from vLLM what has not begun, or hands it over again."""
+        held, self._held = self._held, [] if value else None
+        if value:
+            for sequence in [s for s in self.turns if s.prompt is not None]:
+                self._engine.abort(self.ended(sequence))
+                self.resume(sequence)
+        for sequence in held or ():
+            self.resume(sequence)
 
     def next_order(self) -> int:
         return next(self._orders)
@@ -62,6 +83,9 @@ class VllmRequests:
     def resume(self, sequence: Sequence) -> None:
         """Hands the conversation so far to vLLM as a request for the turn, or the rest of it."""
         sequence.num_cached = 0
+        if self._held is not None and sequence.prompt is not None:
+            self._held.append(sequence)
+            return
         turn = self.turns[sequence] = self._engine.submit(sequence)
         self.by_name[turn.name] = self.by_id[turn.id] = sequence
 
@@ -79,6 +103,8 @@ class VllmRequests:
     def release(self, sequence: Sequence) -> None:
         if sequence in self.turns:
             self._engine.abort(self.ended(sequence))
+        if self._held is not None and sequence in self._held:
+            self._held.remove(sequence)
         if sequence.prompt is not None:
             self._leave_prompt(sequence)
         if sequence in self.live:
