@@ -119,7 +119,7 @@ class VllmEngine(Engine):
         salt = f"{self.version}/{self.scheduler.families[sequence]}" if self.records else str(self.version)
         return self._request("turn", sequence.tokens, salt, self._params(sequence))
 
-    def abort(self, turn: Turn) -> None:
+    def withdraw(self, turn: Turn) -> None:
         self._llm.abort_request([turn.id], internal=True)
 
     def load_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -156,7 +156,7 @@ class VllmEngine(Engine):
                 done += len(targets)
         finally:
             self._net.keep_hidden = False
-            self.abort(turn)
+            self.withdraw(turn)
         return result
 
     def _advance(self, scored: Turn | None = None) -> tuple[Tensor, int] | None:
@@ -218,7 +218,7 @@ class VllmEngine(Engine):
             mine, logprob, kept = self._drawn[self.scheduler.turns[sequence].id]
             assert token == mine, f"vLLM says that token {token} was drawn, but it was {mine}"
             if sequence.prompt is not None:
-                self.scheduler.started(sequence)
+                self.scheduler.begun(sequence)
             sequence.tokens.append(mine)
             sequence.logprobs.append(logprob)
             sequence.versions.append(self.version)
@@ -234,7 +234,7 @@ class VllmEngine(Engine):
             return False
         turn = self.scheduler.ended(sequence)
         if not output.finished:
-            self.abort(turn)
+            self.withdraw(turn)
         return True
 
     def _request(self, kind: str, tokens: Row[int], salt: str, parameters: Any) -> Turn:

@@ -56,7 +56,7 @@ class VllmRequests:
         held, self._held = self._held, [] if value else None
         if value:
             for sequence in [s for s in self.turns if s.prompt is not None]:
-                self._engine.abort(self.ended(sequence))
+                self._engine.withdraw(self.ended(sequence))
                 self.resume(sequence)
         for sequence in held or ():
             self.resume(sequence)
@@ -89,7 +89,7 @@ class VllmRequests:
         turn = self.turns[sequence] = self._engine.submit(sequence)
         self.by_name[turn.name] = self.by_id[turn.id] = sequence
 
-    def started(self, sequence: Sequence) -> None:
+    def begun(self, sequence: Sequence) -> None:
         """The first token is drawn, so the prompt's record is whole: from here on the sequence has one of its own."""
         assert sequence.prompt is not None
         sequence.records = list(sequence.prompt.records)
@@ -102,7 +102,7 @@ class VllmRequests:
 
     def release(self, sequence: Sequence) -> None:
         if sequence in self.turns:
-            self._engine.abort(self.ended(sequence))
+            self._engine.withdraw(self.ended(sequence))
         if self._held is not None and sequence in self._held:
             self._held.remove(sequence)
         if sequence.prompt is not None:
@@ -112,7 +112,7 @@ class VllmRequests:
 
     def restart(self, sequence: Sequence) -> None:
         """Goes on with the turn in a new request, from the sequence's own tokens."""
-        self._engine.abort(self.ended(sequence))
+        self._engine.withdraw(self.ended(sequence))
         self.resume(sequence)
 
     def restart_all(self) -> None:

@@ -383,6 +383,34 @@ def test_a_released_request_leaves_the_others_alone(shared, folder):
 
 
 @real
+def test_pausing_draining_and_aborting(shared, folder):
+    first = shared.add(prompt_of(30), GREEDY, 1, "0")[0]
+    while len(first.tokens) < 35:
+        shared.step()
+    shared.pause()
+    assert not shared.has_work and shared.step() == [] and len(first.tokens) == 35
+    shared.resume()
+    waiting = shared.add(prompt_of(30, 1), GREEDY, 1, "1")[0]
+    shared.drain()
+    late = shared.add(prompt_of(30, 2), GREEDY, 1, "2")[0]
+    while not shared.drained:
+        shared.step()
+        shared.release(first) if first.finish else None
+    assert len(first.tokens) == 60 and len(waiting.tokens) == len(late.tokens) == 30 and not shared.has_work
+    shared.resume()
+    while waiting.finish is None or late.finish is None:
+        shared.step()
+    shared.release(waiting)
+    shared.release(late)
+    want = native(folder).generate([prompt_of(30, i) for i in range(3)], GREEDY, 1, ["0", "1", "2"])
+    for sequence, [other] in zip((first, waiting, late), want, strict=True):
+        same(sequence, other, shared)
+    [cut] = shared.add(prompt_of(30), GREEDY, 1, "0")
+    shared.step()
+    assert shared.abort() == [cut] and cut.finish == "abort" and not shared.has_work and not shared.scheduler.live
+
+
+@real
 def test_bad_input(shared, folder, tmp_path):
     for prompt, message in [([], "empty prompt"), (prompt_of(CONTEXT), "the context is 160"), ([1, VOCAB], "outside")]:
         with pytest.raises(ValueError, match=message):
