@@ -50,6 +50,8 @@ class VllmEngine(Engine):
     ) -> None:
         """folder: a model folder or spec of `models.load`; device: what the installed build of vLLM must run on; options: further
         arguments of vLLM's EngineArgs."""
+        if config.exact and torch.device(device).type == "cuda":
+            raise VllmError("rollout.exact belongs to the native engine: set it to false, or rollout.engine to native")
         vllm = import_vllm()
         self._vllm: Any = vllm
         self.tokenizer, self.config = tokenizer, config

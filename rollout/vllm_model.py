@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
-from winnow.kernels.packing import round_up
+from winnow.kernels.packing import known, round_up
+from winnow.models import inference
 from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.context import ForwardContext, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
@@ -89,6 +91,9 @@ class WinnowForCausalLM(nn.Module):
             "no weight may be in vLLM's layers"
         )
         self.module.requires_grad_(False)
+        self.fused = torch.device(vllm_config.device_config.device).type == "cuda" and inference.takes(self.module)
+        if self.fused:
+            inference.join(self.module)
         indexer, shape = indexer_config(self.module), cache_shape(self.module)
         self.heads, self.head_dim = shape["num_kv_heads"], shape["head_dim"]
         self.latent = shape.get("latent_dim", 0)
@@ -132,18 +137,18 @@ class WinnowForCausalLM(nn.Module):
             return hidden_states(self.module, input_ids.long(), train_context(lengths, input_ids.device))
         batch = described[self.kv[0].prefix]
         assert isinstance(batch, BatchMetadata), f"vLLM's metadata is a {type(batch).__name__}: another backend's"
-        record = self.record and self.index_k > 0 and int(batch.seq_lens.max()) > self.index_k
+        rows, bounds, lengths = batch.num_tokens, batch.cu_seqlens.tolist(), batch.seq_lens.tolist()
+        record = self.record and self.index_k > 0 and max(lengths) > self.index_k
         out: dict[int, Any] | None = {} if record else None
-        ids, context = self._context(
-            input_ids[: batch.num_tokens].long(), positions[: batch.num_tokens].long(), batch, out
-        )
-        hidden = hidden_states(self.module, ids, context)[: batch.num_tokens]
-        self.last = self._seen(batch, hidden, out)
-        return (
-            hidden
-            if len(input_ids) == len(hidden)
-            else nn.functional.pad(hidden, (0, 0, 0, len(input_ids) - len(hidden)))
-        )
+        ids, context = self._context(input_ids[:rows].long(), positions[:rows].long(), batch, bounds, lengths, out)
+        hidden = hidden_states(self.module, ids, context)[:rows]
+        sets = None
+        if out is not None:
+            assert sorted(out) == list(range(self.num_layers)), f"only layers {sorted(out)} left a selection"
+            sets = compact(torch.stack([out[layer].indices[:rows] for layer in sorted(out)]), self.context)
+        kept = hidden.clone() if self.keep_hidden else None
+        self.last = Batch(bounds=bounds, lengths=lengths, decode=batch.decode, sets=sets, hidden=kept)
+        return nn.functional.pad(hidden, (0, 0, 0, len(input_ids) - rows)) if len(input_ids) > rows else hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """hidden [rows, C] -> fp32 [rows, V], through the live weight, as the native engine does it."""
@@ -157,32 +162,35 @@ class WinnowForCausalLM(nn.Module):
         copy_into(self.module, dict(weights), version=-1)
 
     def _context(
-        self, ids: Tensor, positions: Tensor, batch: BatchMetadata, out: dict[int, Any] | None
-    ) -> tuple[Tensor, ForwardContext]:
-        """The batch in winnow's terms; on a CPU filled up to whole blocks of rows, as in `Engine._forward`."""
-        bounds, lengths, table, slots = batch.cu_seqlens, batch.seq_lens, batch.block_table, batch.slot_mapping
+        self, ids: Tensor, positions: Tensor, batch: BatchMetadata, bounds: list[int], lengths: list[int],
+        out: dict[int, Any] | None,
+    ) -> tuple[Tensor, ForwardContext]:  # fmt: skip
+        """The batch in winnow's terms; on a CPU filled up to whole blocks of rows, as the native engine does it."""
+        cu_seqlens, seq_lens, table, slots = batch.cu_seqlens, batch.seq_lens, batch.block_table, batch.slot_mapping
         extra = round_up(len(ids)) - len(ids) if ids.device.type == "cpu" else 0
         if extra:
             page = self.kv[0].rows.shape[1]
-            assert int(slots.min()) >= page, (
-                "vLLM has given block 0 to a request: it is not the null block of this version"
-            )
+            assert int(slots.min()) >= page, "vLLM gave block 0 to a request: it is not the null block of this version"
             more = torch.arange(extra)
             ids, positions = torch.cat((ids, 0 * more)), torch.cat((positions, 0 * more))
-            bounds = torch.cat((bounds, bounds[-1] + 1 + more.to(bounds.dtype)))
-            lengths = torch.cat((lengths, torch.ones(extra, dtype=lengths.dtype)))
+            bounds, lengths = [*bounds, *(bounds[-1] + 1 + more).tolist()], lengths + [1] * extra
+            cu_seqlens = torch.tensor(bounds, dtype=cu_seqlens.dtype)
+            seq_lens = torch.tensor(lengths, dtype=seq_lens.dtype)
             table = torch.cat((table, table.new_full((extra, table.shape[1]), NULL_BLOCK)))
             slots = torch.cat((slots, torch.zeros(extra, dtype=slots.dtype)))
         context = ForwardContext(
             mode="decode" if batch.decode else "prefill",
             positions=positions,
-            cu_seqlens=bounds,
-            seq_lens=lengths,
+            cu_seqlens=known(cu_seqlens, bounds),
+            seq_lens=known(seq_lens, lengths),
             block_table=table,
             slot_mapping=slots,
             cache=self._cache(),
             selector=self.selector,
             selection_out=out,
+            max_seq_len=max(lengths),
+            fresh=not batch.decode and all(b - a == n for (a, b), n in zip(pairwise(bounds), lengths, strict=True)),
+            fused=self.fused,
         )
         return ids, context
 
@@ -202,17 +210,3 @@ class WinnowForCausalLM(nn.Module):
             cache.index = {int(i): layer.rows for i, layer in self.index.items()}
             self._bound = (place, cache)
         return self._bound[1]
-
-    def _seen(self, batch: BatchMetadata, hidden: Tensor, out: dict[int, Any] | None) -> Batch:
-        sets = None
-        if out is not None:
-            assert sorted(out) == list(range(self.num_layers)), f"only layers {sorted(out)} left a selection"
-            rows = batch.num_tokens
-            sets = compact(torch.stack([out[layer].indices[:rows] for layer in sorted(out)]), self.context)
-        return Batch(
-            bounds=batch.cu_seqlens.tolist(),
-            lengths=batch.seq_lens.tolist(),
-            decode=batch.decode,
-            sets=sets,
-            hidden=hidden.clone() if self.keep_hidden else None,
-        )
