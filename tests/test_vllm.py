@@ -521,7 +521,7 @@ def test_a_run_with_vllm_is_the_run_with_the_native_engine(tmp_path):
         assert [r["tokens"] for r in sorted(one, key=key)] == [r["tokens"] for r in sorted(two, key=key)]
     assert len(lines["vllm"]) >= 3
     for left, right in zip(lines["native"], lines["vllm"], strict=True):
-        timed = ("time/", "tokens/", "samples_per_s", "memory/", "learner/idle_share", "mismatch/")
+        timed = ("time/", "tokens/", "engine/", "samples_per_s", "memory/", "learner/idle_share", "mismatch/")
         for name in left:
             if not name.startswith(timed):
                 assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-6), name
