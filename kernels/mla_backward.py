@@ -188,7 +188,9 @@ class _MlaAttention(torch.autograd.Function):
         rows = absolute(selection, cu_seqlens, len(q))
         out, lse = mla_prefill(q, kv, rows, scale)
         sets = () if selection is None else (selection.indices, selection.counts)
-        ctx.save_for_backward(q, kv, out, lse, cu_seqlens, *sets)  # not in attributes: checkpointing lets go of tensors only
+        ctx.save_for_backward(
+            q, kv, out, lse, cu_seqlens, *sets
+        )  # not in attributes: checkpointing lets go of tensors only
         ctx.scale = scale
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)

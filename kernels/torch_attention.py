@@ -159,7 +159,9 @@ class _PackedAttention(torch.autograd.Function):
             batch.unpad_into(out, padded_out)
             batch.unpad_into(raw, padded_lse)
         sets = () if selection is None else (selection.indices, selection.counts)
-        ctx.save_for_backward(q, k, v, out, raw, cu_seqlens, *sets)  # not in attributes: checkpointing lets go of tensors only
+        ctx.save_for_backward(
+            q, k, v, out, raw, cu_seqlens, *sets
+        )  # not in attributes: checkpointing lets go of tensors only
         ctx.scale = scale
         lse = raw if selection is None else raw.masked_fill((selection.counts == 0)[:, None], -torch.inf)
         ctx.mark_non_differentiable(lse)

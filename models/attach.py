@@ -150,7 +150,10 @@ def indexer_config(model: Any) -> IndexerConfig | None:
 
 
 def cache_shape(model: Any) -> dict[str, Any]:
-    """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments."""
+    """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments.
+
+    Indexer keys are kept in the model's own dtype: what is compared is rounded the same way in training (`indexer.rounded`).
+    """
     config, indexer = model.config, indexer_config(model)
     heads = config.num_attention_heads
     layers = range(config.num_hidden_layers)

@@ -8,7 +8,8 @@ fp32; q and k of a model in 16 bits are rounded to its dtype at the end, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -99,6 +100,20 @@ def rounded(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype) if like.element_size() < 4 else x
 
 
+@contextmanager
+def tensor_cores(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products in TF32 where the model computes in 16 bits: its numbers are exact in TF32, and the indexer's weights keep two bits
+    more than the model's own have. On both sides, so both choose from the same scores. Nothing changes for an fp32 model.
+    """
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if dtype in (torch.bfloat16, torch.float16) else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 class Indexer(nn.Module):
     """`calls` counts how often queries were scored, so that a test can see that short contexts and replay leave the indexer alone."""
 
@@ -114,16 +129,18 @@ class Indexer(nn.Module):
     def keys(self, hidden: Tensor, *rest: Tensor) -> Tensor:
         """hidden [T, C], cos and sin [T, D] -> [T, D_I]."""
         cos, sin = rest
-        k = self.k_norm(self.wk(hidden.float()))
+        with tensor_cores(hidden.dtype):
+            k = self.k_norm(self.wk(hidden.float()))
         return rounded(self._rotate(k, cos, sin), hidden)
 
     def queries(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [T, C], cos and sin [T, D] -> q [T, H_I, D_I], w [T, H_I]."""
         self.calls += 1
         cos, sin = rest
-        wide = hidden.float()
-        q = self.wq(wide).view(-1, self.config.num_heads, self.config.head_dim)
-        w = self.ww(wide) * (self.config.num_heads * self.config.head_dim) ** -0.5
+        with tensor_cores(hidden.dtype):
+            wide = hidden.float()
+            q = self.wq(wide).view(-1, self.config.num_heads, self.config.head_dim)
+            w = self.ww(wide) * (self.config.num_heads * self.config.head_dim) ** -0.5
         return rounded(self._rotate(q, cos, sin), hidden), w
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,21 +43,31 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
                    {"top_k": 2048, "num_heads": 16, "head_dim": 64, "rope_dim": 32}),
     "qwen3-1.7b": ("qwen3", {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8,
                              "head_dim": 128, "num_hidden_layers": 28}, {"top_k": 2048, "num_heads": 16, "head_dim": 64, "rope_dim": 32}),
+    "smollm2-135m": ("llama", {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+                               "head_dim": 64, "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True},
+                     {"top_k": 2048, "num_heads": 4, "head_dim": 32, "rope_dim": 16}),
     "v3.2": ("deepseek_v32", {"hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128, "num_key_value_heads": 128,
                               "num_hidden_layers": 4, "first_k_dense_replace": 99}, {}),
 }  # fmt: skip
 
 
-def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str, dense: bool = False) -> Any:
+def random_model(
+    name: str, layers: int | None, dtype: torch.dtype, device: str, dense: bool = False, changes: Mapping[str, Any] | None = None,
+    indexer_changes: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """A model of that shape with random weights and indexers (`dense`: without, where it is not native), at contexts up to 1M tokens."""
-    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is unknown: the shapes are {', '.join(SHAPES)}")
     family, shape, indexer = SHAPES[name]
-    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM)}
+    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    if family == "deepseek_v32":  # only newer transformers have it
+        from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+
+        classes[family] = (DeepseekV32Config, DeepseekV32ForCausalLM)
     config_class, model_class = classes[family]
-    values = {"vocab_size": VOCAB, "max_position_embeddings": 1 << 20, **shape}
+    values = {"vocab_size": VOCAB, "max_position_embeddings": 1 << 20, **shape, **(changes or {})}
     if layers:
         values["num_hidden_layers"] = layers
     torch.manual_seed(0)
@@ -71,7 +81,7 @@ def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str,
     if family == "deepseek_v32" or dense:
         use_winnow_attention(model)
         return model
-    return attach(model, IndexerConfig.from_dict(indexer))
+    return attach(model, IndexerConfig.from_dict({**indexer, **(indexer_changes or {})}))
 
 
 def bench_cost(

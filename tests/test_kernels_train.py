@@ -19,7 +19,6 @@ from winnow.kernels.logprobs import token_logprobs  # noqa: E402
 from winnow.kernels.mla_backward import mla_attention, mla_backward  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
 from winnow.kernels.mla_prefill import EXACT, absolute, gqa_prefill_exact, mla_exact, mla_prefill  # noqa: E402
-from winnow.kernels.paged_prefill import paged_prefill  # noqa: E402
 from winnow.kernels.segments import add_rows  # noqa: E402
 from winnow.kernels.selection import Selection  # noqa: E402
 from winnow.kernels.sparse_backward import sparse_attention, sparse_backward  # noqa: E402
@@ -378,7 +377,7 @@ def test_paged_prefill_is_the_torch_one(sparse):
         device(sets) if sparse else None,
         0.3,
     )
-    got, want = paged_prefill(q, *caches, *given), paged_context_attention(q, *caches, *given)
+    got, want = gpu_ops.sparse_prefill(q, *caches, *given), paged_context_attention(q, *caches, *given)
     close("out", got[0], want[0])
     assert torch.equal(got[1].isinf(), want[1].isinf())
     close("lse", got[1].nan_to_num(neginf=0), want[1].nan_to_num(neginf=0))
