@@ -7,6 +7,8 @@ median with minimum and maximum, after a warm-up call; an anchor that does less 
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,32 +49,45 @@ def rows() -> dict[str, Callable[[], Iterator[Case]]]:
 
 
 def measure_kernels(only: Sequence[str] = (), seconds: float = 1.0, timed: bool = True) -> dict[str, Any]:
-    """{"device": ..., "rows": [...]} on a GPU, `measure_ops` on a CPU. only: parts of their names. A row that fails its check holds
-    "wrong" and no time. Raises ValueError where `only` names nothing."""
+    """{"device": ..., "rows": [...]} on a GPU, `measure_ops` on a CPU. only: names of groups, or parts of names. A row that fails its
+    check holds "wrong" and no time. Each row is also a line on standard error as soon as it is there: a run that is cut off has lost
+    nothing. Raises ValueError where `only` names nothing."""
     if not torch.cuda.is_available():
         return measure_ops(seconds, only=only)
     from winnow.kernels.bench_train import TRAINING, training_results
 
     known = rows()
-    chosen = [name for name in (*known, *TRAINING) if not only or any(part in name for part in only)]
+    names = (*known, *TRAINING)
+    chosen = choose(names, only)
     if not chosen:
-        raise ValueError(
-            f"bench kernels --only {' '.join(only)} names no row: known are {', '.join((*known, *TRAINING))}"
-        )
-    results = []
+        raise ValueError(f"bench kernels --only {' '.join(only)} names no row: known are {', '.join(names)}")
+    results: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        results.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
     for name in chosen:
         if name in TRAINING:
-            results += training_results(name)
+            for row in training_results(name):
+                keep(row)
             continue
         for case in known[name]():
             try:
-                results.append(measure(case, timed))
+                keep(measure(case, timed))
             except WrongKernelError as error:
-                results.append({"row": case.row, **case.shape, "wrong": str(error)})
+                keep({"row": case.row, **case.shape, "wrong": str(error)})
             del case  # its tensors go before the next ones come
     import triton
 
     return {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "rows": results}
+
+
+def choose(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """The names that `only` picks: a whole name picks itself alone, any other word all names that contain it; nothing picks all."""
+    return [
+        name for name in names if not only or any(part == name or (part not in names and part in name) for part in only)
+    ]
 
 
 def measure_ops(seconds: float = 1.0, shape: Shape | None = None, only: Sequence[str] = ()) -> dict[str, Any]:

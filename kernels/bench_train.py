@@ -1,15 +1,20 @@
 """Rows of the training kernels: each checks its result, times it beside its peer in the same process, and says what it compared.
 
-`python -m winnow.kernels.bench_train [NAME ...]` prints the table; a GPU only. The index sets are synthetic: `local_sets` has the
-locality of a trained indexer (its docstring says how), `uniform_sets` has none and stands beside it.
+`python -m winnow.kernels.bench_train [--sets FOLDER] [--json FILE] [NAME ...]` prints the table; a GPU only. FOLDER holds index sets recorded
+from a trained indexer (`winnow.rl.recorded_sets`): <length>-layer<i>.pt, of 16384 and 65536 tokens. Without it the sets are synthetic:
+`local_sets` has a trained indexer's kind of locality (its docstring says how). `uniform_sets` has none and stands beside either.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,6 +117,55 @@ def uniform_sets(length: int, seed: int = 1) -> Selection:
     return _best(lambda a, b: torch.rand(b - a, b, generator=generator, device="cuda"), length)
 
 
+@dataclass(frozen=True)
+class Sets:
+    """Where a row's sets come from: recorded ones of `folder`, or synthetic ones without it."""
+
+    folder: Path | None = None
+
+    def of(self, length: int) -> Iterator[tuple[str, Selection]]:
+        """(name, sets) of a length: every recorded layer, or local_sets. A longer recording serves a shorter length: sets are causal."""
+        if self.folder is None:
+            yield "local_sets", local_sets(length)
+            return
+        found = [(re.fullmatch(r"(\d+)-layer(\d+)\.pt", file.name), file) for file in self.folder.iterdir()]
+        longer = sorted((int(m[1]), int(m[2]), file) for m, file in found if m and int(m[1]) >= length)
+        if not longer:
+            raise ValueError(
+                f"--sets {self.folder} holds no sets of {length} tokens: record them with winnow.rl.recorded_sets"
+            )
+        for recorded, layer, file in longer:
+            if recorded == longer[0][0]:
+                yield f"recorded, layer {layer}", read_sets(file, length)
+
+
+def read_sets(file: Path, length: int, device: str = "cuda", top_k: int = TOP_K) -> Selection:
+    """The sets of the first `length` queries of a recording, checked: top_k or all visible positions each, ascending, none in the future."""
+    indices = torch.load(file, map_location="cpu", weights_only=True)["indices"][:length].to(device)
+    counts = (indices >= 0).sum(1).int()
+    place = torch.arange(length, device=device)
+    gaps = indices.diff(dim=1)
+    right = (
+        len(indices) == length
+        and indices.shape[1] == top_k
+        and bool((counts == (place + 1).clamp(max=top_k)).all())
+        and bool((indices.max(1).values <= place).all())
+        and bool(((gaps > 0) | (indices[:, 1:] < 0)).all())
+    )
+    if not right:
+        raise ValueError(f"{file} does not hold causal sets of {top_k} positions of {length} queries")
+    return Selection(indices, counts)
+
+
+def density(sets: Selection, size: int = 32) -> str:
+    """How alike neighbours are: the union of `size` neighbouring full sets over their size, mean over 64 places."""
+    length, k = sets.indices.shape
+    unions = []
+    for a in torch.linspace(k, length - size, 64).long().tolist():
+        unions.append(len(sets.indices[a : a + size].unique()) / k)
+    return f"union of {size} neighbours {sum(unions) / len(unions):.2f} k"
+
+
 def similarity(a: Tensor, b: Tensor) -> float:
     """1 - 2ab / (a^2 + b^2): 0 where equal."""
     a, b = a.double(), b.double()
@@ -142,21 +196,20 @@ def dense_attention(length: int) -> tuple[str, float]:
     return f"SDPA {best} (" + ", ".join(f"{n} {t:.1f}" for n, t in times.items()) + ")", times[best]
 
 
-def gqa_rows() -> Iterator[Row]:
+def gqa_rows(source: Sets) -> Iterator[Row]:
     """Forward and backward with indexer (16 heads of 64) and selection, 32/8 heads of 128; deterministic against atomic."""
     from winnow.kernels.key_lists import Lists, all_kept
     from winnow.kernels.sparse_backward import sparse_backward
     from winnow.kernels.sparse_prefill import sparse_prefill
 
-    for length, makers in ((16384, (local_sets, uniform_sets)), (65536, (local_sets,))):
+    for length in (16384, 65536):
         peer, peer_ms = dense_attention(length)
         q, k, v, grad = (draw(length, h, 128, seed=i) for i, h in enumerate((32, 8, 8, 32)))
         index = (draw(length, 16, 64, seed=5), draw(length, 64, seed=6), draw(length, 16, seed=7).float())
         cu = torch.tensor([0, length], dtype=torch.int32, device="cuda")
         positions, scale = torch.arange(length, device="cuda"), 128**-0.5
         choose = median_ms(lambda: ops.select_packed(*index, cu, positions, TOP_K), 3)  # noqa: B023
-        for make in makers:
-            sets = make(length)
+        for name, sets in _with_uniform(source, length):
             lists: list[Lists] = []
             out, lse = sparse_prefill(q, k, v, cu, sets, scale, lists)
             _check_rows(out, q, k, v, sets, scale)
@@ -168,11 +221,17 @@ def gqa_rows() -> Iterator[Row]:
             for got, want in zip(sparse_backward(*run), sparse_backward(*run, atomic=True), strict=True):
                 check("gradients, deterministic and atomic", got, want)
             total = forward + backward + choose
-            note = f"forward {forward:.2f}, backward {backward:.2f}, indexer and selection {choose:.2f}"
-            yield Row(f"GQA forward + backward {length}, {make.__name__}", total, peer, peer_ms, total / peer_ms, note)
-            yield Row(
-                f"GQA backward {length}, {make.__name__}", backward, "ours with atomics", atomic, backward / atomic
+            note = (
+                f"forward {forward:.2f}, backward {backward:.2f}, indexer and selection {choose:.2f}; {density(sets)}; "
+                f"lists {'kept' if kept else 'made again'}"
             )
+            yield Row(f"GQA forward + backward {length}, {name}", total, peer, peer_ms, total / peer_ms, note)
+            yield Row(f"GQA backward {length}, {name}", backward, "ours with atomics", atomic, backward / atomic)
+
+
+def _with_uniform(source: Sets, length: int) -> Iterator[tuple[str, Selection]]:
+    yield from source.of(length)
+    yield "uniform_sets", uniform_sets(length)
 
 
 def _check_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, sets: Selection, scale: float) -> None:
@@ -185,46 +244,39 @@ def _check_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, sets: Selection, s
         check(f"output of token {t}", out[t], torch.einsum("hn,nhd->hd", weights, values))
 
 
-def mla_rows(tokens: int = 4096, length: int = 32768) -> Iterator[Row]:
-    """Absorbed MLA over uniform sets of 2048 of 32K (every row full, as FlashMLA is timed); rates count 2176 and 5504 flop a pair and head."""
+def mla_rows(source: Sets, tokens: int = 4096, length: int = 32768) -> Iterator[Row]:
+    """Absorbed MLA, sets of 2048 of 32K, every row full, as FlashMLA is timed; rates count 2176 and 5504 flop a pair and head."""
     from winnow.kernels.mla_backward import mla_backward
     from winnow.kernels.mla_prefill import mla_prefill
 
     generator = torch.Generator("cuda").manual_seed(3)
-    rows = torch.rand(tokens, length, device="cuda", generator=generator).topk(TOP_K, 1).indices.sort(1).values.int()
+    uniform = torch.rand(tokens, length, device="cuda", generator=generator).topk(TOP_K, 1).indices.sort(1).values.int()
+    kinds = [("uniform", uniform)]
+    kinds += [(name, sets.indices[-tokens:].contiguous()) for name, sets in source.of(length)]
     kv, scale = draw(length, 576, seed=2), 576**-0.5
     peer = _flash_mla()
-    for heads in (128, 64):
-        q = draw(tokens, heads, 576, seed=1)
-        flop = 2176e-9 * heads * tokens * TOP_K
-        out, lse = mla_prefill(q, kv, rows, scale)
-        ms = median_ms(lambda: mla_prefill(q, kv, rows, scale))  # noqa: B023
-        if peer is not None:
-            check("MLA prefill", out, peer(q, kv[:, None], rows[:, None].contiguous(), scale, 512, None, None, None)[0])
-        other = median_ms(lambda: peer(q, kv[:, None], rows[:, None].contiguous(), scale, 512, None, None, None)) if peer else float("nan")  # noqa: B023  # fmt: skip
-        note = f"ratio of rates: {flop / ms:.0f} TF, peer {flop / other:.0f} TF"
-        yield Row(
-            f"MLA prefill H {heads}, {tokens} x 2048 of {length}",
-            ms,
-            "FlashMLA sparse prefill",
-            other,
-            other / ms,
-            note,
-        )
-    grad = draw(tokens, 64, 512, seed=4)
-    run = (grad, q, kv, out, lse, rows, scale)
-    for got, want in zip(mla_backward(*run), mla_backward(*run, atomic=True), strict=True):
-        check("MLA gradients, deterministic and atomic", got, want)
-    ms, atomic = median_ms(lambda: mla_backward(*run)), median_ms(lambda: mla_backward(*run, atomic=True))
-    rate = 5504e-9 * 64 * tokens * TOP_K / ms
-    yield Row(
-        f"MLA backward H 64, {tokens} x 2048 of {length}",
-        ms,
-        "ours with atomics",
-        atomic,
-        ms / atomic,
-        f"{rate:.0f} TF",
-    )
+    for name, rows in kinds:
+        for heads in (128, 64):
+            q = draw(tokens, heads, 576, seed=1)
+            flop = 2176e-9 * heads * tokens * TOP_K
+            theirs = (q, kv[:, None], rows[:, None].contiguous(), scale, 512, None, None, None)
+            out, lse = mla_prefill(q, kv, rows, scale)
+            ms = median_ms(lambda: mla_prefill(q, kv, rows, scale))  # noqa: B023
+            if peer is not None:
+                check("MLA prefill", out, peer(*theirs)[0])
+            other = median_ms(lambda: peer(*theirs)) if peer else float("nan")  # noqa: B023
+            note = f"ratio of rates: {flop / ms:.0f} TF, peer {flop / other:.0f} TF"
+            title = f"MLA prefill H {heads}, {tokens} x 2048 of {length}, {name}"
+            yield Row(title, ms, "FlashMLA sparse prefill", other, other / ms, note)
+        grad = draw(tokens, 64, 512, seed=4)
+        run = (grad, q, kv, out, lse, rows, scale)
+        for got, want in zip(mla_backward(*run), mla_backward(*run, atomic=True), strict=True):
+            check("MLA gradients, deterministic and atomic", got, want)
+        ms = median_ms(lambda: mla_backward(*run))  # noqa: B023
+        atomic = median_ms(lambda: mla_backward(*run, atomic=True))  # noqa: B023
+        rate = 5504e-9 * 64 * tokens * TOP_K / ms
+        title = f"MLA backward H 64, {tokens} x 2048 of {length}, {name}"
+        yield Row(title, ms, "ours with atomics", atomic, ms / atomic, f"{rate:.0f} TF")
 
 
 def _flash_mla() -> Any:
@@ -240,7 +292,7 @@ def _flash_mla() -> Any:
         return None
 
 
-def kl_rows(length: int = 32768) -> Iterator[Row]:
+def kl_rows(source: Sets, length: int = 32768) -> Iterator[Row]:
     """Dense warm-up loss with gradients, indexer 16 x 128, against dense attention; and over sets."""
     from winnow.kernels.indexer_kl import kl_and_gradients
     from winnow.kernels.sparse_prefill import sparse_prefill
@@ -249,7 +301,9 @@ def kl_rows(length: int = 32768) -> Iterator[Row]:
     q, k, v = (draw(length, h, 128, seed=i) for i, h in enumerate((32, 8, 8)))
     index = (draw(length, 16, 128, seed=5), draw(length, 128, seed=6), draw(length, 16, seed=7, scale=0.02).float())
     cu = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-    for name, sets in (("dense", None), ("over S_t, local_sets", local_sets(length))):
+    kinds: list[tuple[str, Selection | None]] = [("dense", None)]
+    kinds += [(f"over S_t, {name}", sets) for name, sets in _with_uniform(source, length)]
+    for name, sets in kinds:
         lse = sparse_prefill(q, k, v, cu, sets, 128**-0.5)[1]
         run = (*index, q, k, lse, cu, sets, 128**-0.5)
         memory = extra_bytes(lambda: kl_and_gradients(*run)) / 1e9  # noqa: B023
@@ -264,8 +318,8 @@ def kl_rows(length: int = 32768) -> Iterator[Row]:
         )
 
 
-def logprob_rows(tokens: int = 32768, vocabulary: int = 151936, width: int = 2048) -> Iterator[Row]:
-    """Forward and backward of log-probabilities and entropies; torch: chunks of 2048 tokens, recomputed in the backward."""
+def logprob_rows(_: Sets, tokens: int = 32768, vocabulary: int = 151936, width: int = 2048) -> Iterator[Row]:
+    """No sets. Forward and backward of log-probabilities and entropies; torch: chunks of 2048 tokens, recomputed in the backward."""
     hidden, weight = (
         draw(tokens, width, seed=1).requires_grad_(),
         draw(vocabulary, width, seed=2, scale=0.02).requires_grad_(),
@@ -300,7 +354,7 @@ def logprob_rows(tokens: int = 32768, vocabulary: int = 151936, width: int = 204
     yield Row(name, ms, "torch, chunks of 2048 tokens", other, ms / other, f"extra memory {memory:.2f} GB")
 
 
-ROWS: dict[str, Callable[[], Iterator[Row]]] = {
+ROWS: dict[str, Callable[[Sets], Iterator[Row]]] = {
     "gqa": gqa_rows,
     "mla": mla_rows,
     "kl": kl_rows,
@@ -308,30 +362,26 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
-def measure_training(only: tuple[str, ...] = ()) -> list[Row]:
-    """Run and print the named groups of rows (all of them by default). A group that fails says so and ends the run."""
+def measure_training(only: Sequence[str] = (), source: Sets | None = None) -> Iterator[Row]:
+    """The rows of the named groups (all of them by default), as they are measured. A wrong kernel raises WrongKernelError."""
     if not torch.cuda.is_available():
         raise ValueError("the training rows need a GPU: torch finds none here")
     unknown = set(only) - set(ROWS)
     if unknown:
         raise ValueError(f"unknown rows {sorted(unknown)}; there are {sorted(ROWS)}")
-    rows = []
     for name in only or ROWS:
-        for row in ROWS[name]():
-            print(row, flush=True)
-            rows.append(row)
+        yield from ROWS[name](source or Sets())
         torch.cuda.empty_cache()
-    return rows
 
 
 TRAINING = {f"train-{name}": call for name, call in ROWS.items()}  # the names of `winnow bench kernels --only`
 
 
-def training_results(name: str) -> list[dict[str, Any]]:
+def training_results(name: str, source: Sets | None = None) -> list[dict[str, Any]]:
     """A group of TRAINING as the rows of kernels/bench.py; a wrong kernel ends its group with a row that says so."""
     results: list[dict[str, Any]] = []
     try:
-        for row in TRAINING[name]():
+        for row in TRAINING[name](source or Sets()):
             peer = {row.peer: {"us": round(row.peer_ms * 1e3, 2), "ratio": round(row.ratio, 3)}}
             results.append({"row": row.name, "us": round(row.ms * 1e3, 2), "peers": peer, "note": row.note})
     except WrongKernelError as error:
@@ -340,5 +390,20 @@ def training_results(name: str) -> list[dict[str, Any]]:
     return results
 
 
+def main(words: Sequence[str]) -> None:
+    """Prints rows as they come; --json FILE has the same after every row."""
+    parser = argparse.ArgumentParser(prog="python -m winnow.kernels.bench_train")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(ROWS)}; all of them by default")
+    parser.add_argument("--sets", type=Path, help="a folder of recorded sets")
+    parser.add_argument("--json", type=Path, help="where the rows go as well")
+    given = parser.parse_args(list(words))
+    rows = []
+    for row in measure_training(given.names, Sets(given.sets)):
+        print(row, flush=True)
+        rows.append(asdict(row))
+        if given.json:
+            given.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    measure_training(tuple(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -7,14 +7,22 @@ selection.py, and prefill and decode give equal bits for equal inputs, so that a
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from winnow.kernels.packing import on_host
 from winnow.kernels.selection import Selection, window_selection
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCORE_BUDGET = 1 << 25  # fp32 scores of one piece of a prefill: 128 MiB
+SCORE_BUDGET = 1 << 26  # fp32 scores of one piece of a prefill: 256 MiB, and 1 GiB of candidates
+EXACT_SPLIT, EXACT_STEP = 512, 64  # positions per program and step of a decode whose bits depend on no batch
+
+
+def round_up(length: int) -> int:
+    """The power of two, 1024 at least, that holds `length`: kernels are compiled for these widths and not for every length."""
+    return max(1024, 1 << (length - 1).bit_length())
 
 
 def takes_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
@@ -43,17 +51,55 @@ def takes_index(q: Tensor | None, cache: Tensor | None, paged: bool = False) -> 
 
 
 def sparse_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None, scale: float,
+    scratch: dict[Any, Any] | None = None, exact: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ops.sparse_decode. fp32 takes smaller tiles: four bytes a number."""
-    from winnow.kernels.gqa_decode import gqa_decode
+    from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace, splits_of
 
     indices, counts = (None, None) if selection is None else (selection.indices, selection.counts)
     narrow = q.dtype == torch.float32 and q.is_cuda and q.shape[2] <= 128  # wider ones: `plan` knows what fits the chip
+    split, block_n = (EXACT_SPLIT, EXACT_STEP) if exact else (None, 32 if narrow else None)
+    work = None
+    if scratch is not None:
+        splits = splits_of(q, k_cache, block_table, indices, split)
+        key = ("sparse_decode", *q.shape, splits)
+        if key not in scratch:
+            scratch[key] = gqa_decode_workspace(len(q), q.shape[1], k_cache.shape[2], q.shape[2], splits, q.device)
+        work = scratch[key]
     return gqa_decode(
-        q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale,
-        block_n=32 if narrow else None, num_stages=2 if narrow else None,
+        q, k_cache, v_cache, block_table, seq_lens, indices, counts, scale, workspace=work, split=split,
+        block_n=block_n, num_stages=2 if narrow else None,
     )  # fmt: skip
+
+
+def sparse_prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.sparse_prefill. The contexts' pages are copied side by side: 4 H_kv D bytes a token, next to nothing beside the products."""
+    from winnow.kernels.sparse_prefill import context_prefill
+
+    page, contexts = k_cache.shape[1], on_host(seq_lens)
+    counts = [-(-length // page) for length in contexts]
+    starts = [page * n for n in itertools.accumulate([0, *counts[:-1]])]
+    pages = torch.cat([row[:count] for row, count in zip(block_table, counts, strict=True)])
+    k, v = (cache.index_select(0, pages).flatten(0, 1) for cache in (k_cache, v_cache))
+    return context_prefill(q, k, v, cu_seqlens, tuple(zip(starts, contexts, strict=True)), selection, scale)
+
+
+def mla_prefill(
+    q: Tensor, cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ops.mla_prefill over sets: the cache's slots are the packed rows of the kernel. q bf16 [T, H, 576], cache [pages, page, 576]."""
+    from winnow.kernels.mla_prefill import mla_prefill as kernel
+
+    page, chosen = cache.shape[1], selection.indices.long()
+    queries = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    owner = torch.arange(len(queries), device=q.device).repeat_interleave(queries, output_size=len(q))
+    place = chosen.clamp(min=0)
+    slots = block_table.long()[owner].gather(1, place // page) * page + place % page
+    return kernel(q, cache.view(-1, cache.shape[2]), torch.where(chosen >= 0, slots, -1).int(), scale)
 
 
 def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
@@ -70,12 +116,24 @@ def topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:
     return Selection(*choose(scores.contiguous(), lengths.to(torch.int32), k))
 
 
-def select_paged(q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int) -> Selection:
+def select_paged(
+    q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int,
+    scratch: dict[Any, Any] | None = None, faults: Tensor | None = None,
+) -> Selection:  # fmt: skip
     """As ops.select_paged with the indexer: q [B, H_I, D_I], one query a sequence."""
-    from winnow.kernels.decode_select import select_decode
+    from winnow.kernels.decode_select import select_decode, select_workspace
 
     width = block_table.shape[1] * cache.shape[1]
-    return Selection(*select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width))
+    work = None
+    if scratch is not None and faults is not None:
+        key = ("select_paged", len(q), width, top_k)
+        if key not in scratch:
+            scratch[key] = select_workspace(len(q), width, top_k, q.device) | {"bad": faults}
+        work = scratch[key]
+    # A graph cannot wait for the device: without `faults` a NaN there is not noticed.
+    check = work is None and not (q.is_cuda and torch.cuda.is_current_stream_capturing())
+    chosen = select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width, workspace=work, check=check)
+    return Selection(*chosen)
 
 
 def select_rows(
@@ -98,9 +156,7 @@ def select_rows(
             b = min(a + step, bounds[i + 1])
             ends = positions[a:b].to(torch.int32) + 1
             seen = keys - (bounds[i + 1] - b)  # what the piece's last query sees
-            scores = torch.empty(
-                b - a, -(-seen // 4) * 4, dtype=torch.float32, device=q.device
-            )  # rows of whole vectors
+            scores = torch.empty(b - a, round_up(seen), dtype=torch.float32, device=q.device)
             indexer_logits_prefill(q[a:b], cache, w[a:b], tables[i], seen, ends, scores)
             work = topk_workspace(b - a, scores.shape[1], top_k, q.device)
             choose(scores, ends, top_k, selection.indices[a:b], selection.counts[a:b], work, check=False)
@@ -114,18 +170,46 @@ def select_prefill(
     q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int
 ) -> Selection:  # fmt: skip
     """As ops.select_prefill with the indexer."""
-    return select_rows(q, cache, w, cu_seqlens.tolist(), block_table, seq_lens.tolist(), positions, top_k)
+    from winnow.kernels.select_short import LONGEST
+
+    bounds, contexts = on_host(cu_seqlens), on_host(seq_lens)
+    if max(contexts, default=0) <= LONGEST and cache.dtype == q.dtype:
+        return select_short(q, cache, w, cu_seqlens, block_table, positions, top_k)
+    return select_rows(q, cache, w, bounds, block_table, contexts, positions, top_k)
+
+
+def select_short(
+    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int
+) -> Selection:
+    """As `select_rows`, for any number of short contexts at the price of one."""
+    from winnow.kernels.select_short import select_short as kernel
+
+    owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(q)).to(torch.int32)
+    indices, counts, bad = kernel(q, cache, w.float(), tables, owner, positions.to(torch.int32) + 1, top_k)
+    if int(bad):
+        raise ValueError("top-k: a score is NaN; the indexer's inputs or weights are not finite")
+    return Selection(indices, counts)
 
 
 def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int) -> Selection:
     """As ops.select_packed with the indexer: keys k [T, D_I] packed like the queries, every sequence a page of its own."""
-    bounds = cu_seqlens.tolist()
+    from winnow.kernels.select_short import LONGEST
+
+    bounds, dim = on_host(cu_seqlens), k.shape[1]
+    longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+    if longest <= LONGEST and k.dtype == q.dtype:
+        width = 1 << (max(longest, 64) - 1).bit_length()
+        pages = k.new_zeros(len(bounds) - 1, width, dim)
+        owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(k))
+        pages[owner, positions] = k
+        tables = torch.arange(len(pages), dtype=torch.int32, device=k.device)[:, None]
+        return select_short(q, pages, w, cu_seqlens, tables, positions, top_k)
     selection = window_selection(positions, top_k)
     table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
     for a, b in itertools.pairwise(bounds):
         if b - a > top_k:
-            part = select_rows(
-                q[a:b], k[a:b].contiguous()[None], w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k
-            )
+            keys = k.new_zeros(1, round_up(b - a), dim)
+            keys[0, : b - a] = k[a:b]
+            part = select_rows(q[a:b], keys, w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k)
             selection.indices[a:b], selection.counts[a:b] = part.indices, part.counts
     return selection

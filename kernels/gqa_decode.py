@@ -126,6 +126,13 @@ def _shared(device):
     return SHARED.get(10 * major + minor, 99)
 
 
+def splits_of(q, k_cache, block_table, indices=None, split=None):
+    """How many pieces `gqa_decode` cuts these contexts or sets into: what its workspace has to hold."""
+    capacity = block_table.shape[1] * k_cache.shape[1] if indices is None else indices.shape[1]
+    row_bytes = q.shape[2] * q.element_size()
+    return max(1, triton.cdiv(capacity, split or plan(len(q), k_cache.shape[2], row_bytes, _shared(q.device))[0]))
+
+
 def gqa_decode_workspace(batch, heads, kv_heads, dim, splits, device):
     """Scratch of `gqa_decode`: arrivals int32 (zero; every launch leaves it zero), partial outputs and lse. One per stream."""
     arrivals = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)

@@ -88,7 +88,7 @@ def _scores(
         row, inside = _rows(row0, num, head, HEADS, PACK, BLOCK_Q)
         dots = _dots(q, row, inside, k, key.to(tl.int64), key >= 0, D, CHUNK, UPCAST)
         weight = tl.load(w + row, mask=inside, other=0.0).to(tl.float32)
-        total += _fold(tl.maximum(dots, 0.0) * weight[:, None], BLOCK_Q, PACK)
+        total += _fold(tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[:, None], BLOCK_Q, PACK)
     tl.store(scores + place, total)
 
 

@@ -99,7 +99,7 @@ def _decode(
         key, scale = _load_keys(cache, scales, page, start, length, page_stride, D, PAGE, BLOCK_N, FP8, SOFT, UPCAST)
         page = _load_page(table_row, start + BLOCK_N, last, PAGE, BLOCK_N)  # a step ahead of the keys that need it
         dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, H]
-        score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1) * scale
+        score = tl.sum(tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :], 1) * scale
         tl.store(out + b * out_stride + pos, score, mask=valid)
         if MAXIMA:
             bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
@@ -131,7 +131,7 @@ def _prefill(
         row = (first * 0 + t).to(tl.int64)
         query, weight = _load_query(q + row * H * D, w + row * H, H, D, BLOCK_H, FP8, SOFT, UPCAST)
         dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, H]
-        score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1) * scale
+        score = tl.sum(tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :], 1) * scale
         tl.store(out + row * out_stride + pos, score, mask=valid)
 
 

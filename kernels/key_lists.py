@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from winnow.kernels.packing import on_host
 from winnow.kernels.selection import Selection
 
 UNIT = 64  # lists are padded to multiples of this, unless asked otherwise
@@ -27,16 +28,18 @@ BITMAP_BYTES = 1 << 27  # of one piece
 class Blocks:
     """Blocks of up to `size` neighbouring queries of one sequence, in packed order.
 
-    first, rows, origin int32 [blocks]: first packed row, number of queries, first packed row of the sequence; row_origin int32 [T].
-    host holds (first, rows, origin) as Python lists.
+    first, rows, origin int32 [blocks]: first packed row, number of queries, first row of the sequence's keys; shift int32 [blocks]: from a
+    query's row to that of its own key, 0 where queries and keys are packed alike; row_origin int32 [T]: a query's row less its position.
+    host holds (first, rows, origin, shift) as Python lists; longest: the most keys of a sequence.
     """
 
     size: int
     first: Tensor
     rows: Tensor
     origin: Tensor
+    shift: Tensor
     row_origin: Tensor
-    host: tuple[list[int], list[int], list[int]]
+    host: tuple[list[int], list[int], list[int], list[int]]
     longest: int
 
     def __len__(self) -> int:
@@ -87,28 +90,35 @@ def all_kept(kept: list[Lists]) -> list[Lists] | None:
     return kept if kept and kept[-1].end == len(kept[-1].blocks) else None
 
 
-def query_blocks(cu_seqlens: Tensor, size: int) -> Blocks:
-    """Cut packed sequences into blocks of `size` queries. Waits for cu_seqlens when it is on a GPU."""
-    return _query_blocks(tuple(cu_seqlens.tolist()), size, str(cu_seqlens.device))
+def query_blocks(cu_seqlens: Tensor, size: int, keys: tuple[tuple[int, int], ...] | None = None) -> Blocks:
+    """Cut packed sequences into blocks of `size` queries. Waits for cu_seqlens when it is on a GPU and its values are not known.
+
+    keys: of each sequence the first row of its keys and their number, of which its queries are the last; None: packed as the queries.
+    """
+    return _query_blocks(tuple(on_host(cu_seqlens)), size, str(cu_seqlens.device), keys)
 
 
 @lru_cache(maxsize=16)
-def _query_blocks(bounds: tuple[int, ...], size: int, device: str) -> Blocks:
+def _query_blocks(bounds: tuple[int, ...], size: int, device: str, keys: tuple[tuple[int, int], ...] | None) -> Blocks:
     first: list[int] = []
     rows: list[int] = []
     origin: list[int] = []
-    for a, b in pairwise(bounds):
-        for start in range(a, b, size):
-            first.append(start)
-            rows.append(min(size, b - start))
-            origin.append(a)
+    shift: list[int] = []
+    keys = keys if keys is not None else tuple((a, b - a) for a, b in pairwise(bounds))
+    for (a, b), (start, length) in zip(pairwise(bounds), keys, strict=True):
+        for row in range(a, b, size):
+            first.append(row)
+            rows.append(min(size, b - row))
+            origin.append(start)
+            shift.append(start + length - b)
     lengths = torch.tensor([b - a for a, b in pairwise(bounds)], dtype=torch.int64)
-    row_origin = torch.tensor(bounds[:-1], dtype=torch.int32).repeat_interleave(lengths)
+    zero = [b - length for b, (_, length) in zip(bounds[1:], keys, strict=True)]
+    row_origin = torch.tensor(zero, dtype=torch.int32).repeat_interleave(lengths)
     with torch.inference_mode(False):
-        on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first, rows, origin)]
+        on_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first, rows, origin, shift)]
         return Blocks(
-            size=size, first=on_device[0], rows=on_device[1], origin=on_device[2], row_origin=row_origin.to(device),
-            host=(first, rows, origin), longest=int(lengths.max()) if len(lengths) else 0,
+            size=size, first=on_device[0], rows=on_device[1], origin=on_device[2], shift=on_device[3], row_origin=row_origin.to(device),
+            host=(first, rows, origin, shift), longest=max((length for _, length in keys), default=0),
         )  # fmt: skip
 
 
@@ -223,12 +233,13 @@ def _offsets(counts: Tensor, unit: int) -> tuple[Tensor, list[int]]:
 
 def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
     device = blocks.first.device
-    counts = [first + rows - origin for first, rows, origin in zip(*(x[a:b] for x in blocks.host), strict=True)]
+    host = zip(*(x[a:b] for x in blocks.host), strict=True)
+    counts = [first + rows + shift - origin for first, rows, origin, shift in host]
     ends = [0, *accumulate(-(-count // unit) * unit for count in counts)]
     offsets = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
     block = torch.arange(b - a, device=device).repeat_interleave(offsets[1:] - offsets[:-1], output_size=ends[-1])
     keys = torch.arange(ends[-1], dtype=torch.int32, device=device) + (blocks.origin[a:b] - offsets[:-1])[block]
-    last = (blocks.first[a:b] + blocks.rows[a:b])[block]
+    last = (blocks.first[a:b] + blocks.rows[a:b] + blocks.shift[a:b])[block]
     return Lists(blocks, a, b, keys.masked_fill_(keys >= last, -1), offsets, None, ends)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.kernels import gpu_ops, gpu_train, torch_attention, torch_indexer, torch_logprobs
+from winnow.kernels import gpu_ops, gpu_train, torch_attention, torch_indexer, torch_logprobs, torch_rows
 from winnow.kernels.selection import Selection, exact_topk
 
 
@@ -69,12 +69,15 @@ def select_prefill(
 
 def select_paged(
     q: Tensor | None, index_cache: Tensor | None, w: Tensor | None, block_table: Tensor, seq_lens: Tensor, top_k: int,
-    selector: str = "indexer",
+    selector: str = "indexer", scratch: dict[Any, Any] | None = None, faults: Tensor | None = None,
 ) -> Selection:  # fmt: skip
-    """Decode: q [B, H_I, D_I], w [B, H_I], one query per sequence at position seq_len - 1; index_cache [pages, page, D_I]."""
+    """Decode: q [B, H_I, D_I], w [B, H_I], one query per sequence at position seq_len - 1; index_cache [pages, page, D_I].
+
+    scratch, faults: as in a ForwardContext, for CUDA graphs; a NaN score raises ValueError where no faults int32 [1] takes it.
+    """
     if selector == "indexer" and gpu_ops.takes_index(q, index_cache, paged=True):
         assert q is not None and index_cache is not None and w is not None
-        return gpu_ops.select_paged(q, index_cache, w, block_table, seq_lens, top_k)
+        return gpu_ops.select_paged(q, index_cache, w, block_table, seq_lens, top_k, scratch, faults)
     return torch_indexer.decode_selection(q, index_cache, w, block_table, seq_lens, top_k, selector)
 
 
@@ -95,6 +98,8 @@ def sparse_prefill(
     selection: Selection | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Packed queries at the end of their paged contexts (already written, these tokens included). Inference only."""
+    if gpu_ops.takes_attention(q, k_cache, v_cache) and not torch.is_grad_enabled():
+        return gpu_ops.sparse_prefill(q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale)
     return torch_attention.paged_context_attention(
         q, k_cache, v_cache, cu_seqlens, block_table, seq_lens, selection, scale
     )
@@ -108,11 +113,25 @@ def sparse_decode(
     seq_lens: Tensor,
     selection: Selection | None,
     scale: float,
+    scratch: dict[Any, Any] | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, D], one query per sequence at seq_len - 1; caches [pages, page, Hkv, D]; only selected slots are read."""
     if gpu_ops.takes_attention(q, k_cache, v_cache):
-        return gpu_ops.sparse_decode(q, k_cache, v_cache, block_table, seq_lens, selection, scale)
+        return gpu_ops.sparse_decode(q, k_cache, v_cache, block_table, seq_lens, selection, scale, scratch, exact)
     return torch_attention.decode_attention(q, k_cache, v_cache, block_table, seq_lens, selection, scale)
+
+
+def sparse_rows(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor,
+    selection: Selection | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `sparse_prefill` for queries at positions int64 [T], each with the bits that `sparse_decode(..., exact=True)` gives it alone."""
+    rows = torch.arange(len(cu_seqlens) - 1, device=q.device).repeat_interleave(
+        (cu_seqlens[1:] - cu_seqlens[:-1]).to(q.device), output_size=len(q)
+    )
+    seen = (positions + 1).to(torch.int32)
+    return sparse_decode(q, k_cache, v_cache, block_table[rows], seen, selection, scale, None, True)
 
 
 def mla_decode(
@@ -136,6 +155,9 @@ def mla_prefill(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `mla_decode`, for packed queries [T, H, rank + rope] at the end of their paged contexts (these included). Inference only."""
+    fits = q.dtype == cache.dtype == torch.bfloat16 and (rank, q.shape[-1]) == (512, 576) and cache.is_contiguous()
+    if q.is_cuda and fits and selection is not None:
+        return gpu_ops.mla_prefill(q, cache, block_table, cu_seqlens, seq_lens, selection, scale)
     shared = cache[:, :, None]
     out, lse = sparse_prefill(q, shared, shared, cu_seqlens, block_table, seq_lens, selection, scale)
     return out[..., :rank], lse
@@ -152,6 +174,49 @@ def indexer_kl(
     if gpu_train.takes(q, k) and gpu_train.takes(attn_q, attn_k, widest=576):
         return gpu_train.indexer_kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
     return torch_indexer.kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
+    """x [T, K] @ weight [N, K]^T (+ bias [N]), without gradient. exact: a row's bits depend on no other row."""
+    if exact and x.is_cuda:
+        from winnow.kernels import invariant
+
+        small = {"block_k": 32, "num_stages": 3} if x.dtype == torch.float32 else {}  # four bytes a number
+        return invariant.linear(x, weight, bias, **small)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """RMS norm over the last dimension of x [T, C], without gradient. residual [T, C]: x is added to it first, in place."""
+    if x.is_cuda:
+        from winnow.kernels import invariant
+
+        return invariant.rms_norm(x, weight, eps, residual)
+    return torch_rows.rms_norm(x, weight, eps, residual)
+
+
+def draw(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, tokens: Tensor, logprobs: Tensor, faults: Tensor, given: bool = False
+) -> None:  # fmt: skip
+    """Fills tokens int64 [rows] and logprobs fp32 [rows]: one token a row of logits [rows, V], by inversion of the cumulative
+    distribution at uniform fp64 [rows]; temperature fp32 [rows], 0 for the largest logit (log-probability of temperature 1). faults
+    int32 [1] becomes 1 when a row has no finite peak. given: the tokens are there already, and only their log-probabilities are wanted.
+    """
+    if logits.is_cuda:
+        from winnow.kernels.draw import draw as kernel
+
+        kernel(logits, temperature, uniform, tokens, logprobs, faults, given)
+    else:
+        torch_rows.draw(logits, temperature, uniform, tokens, logprobs, faults, given)
+
+
+def rows_of(x: Tensor) -> Any:
+    """The row-wise operations for this tensor's device, with one signature: `rows` (Triton) or `torch_rows`."""
+    if x.is_cuda:
+        from winnow.kernels import rows
+
+        return rows
+    return torch_rows
 
 
 def token_logprobs(

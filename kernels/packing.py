@@ -7,6 +7,7 @@ lengths and kept, since every layer of a model asks for the same one.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -115,6 +116,18 @@ def _batch(group: list[int], bounds: tuple[int, ...], lens: list[int], kv_lens: 
         span=(bounds[group[0]], bounds[group[-1] + 1]) if even else None,
         square=all(lens[i] == kv_lens[i] for i in group),
     )
+
+
+def known(tensor: Tensor, values: Sequence[int]) -> Tensor:
+    """Notes on `tensor` the values that it was made of, so that `on_host` need not wait for a GPU."""
+    tensor._winnow_values = list(values)  # type: ignore[attr-defined]
+    return tensor
+
+
+def on_host(tensor: Tensor) -> list[int]:
+    """tensor.tolist(), from `known` where that has been."""
+    values: list[int] | None = getattr(tensor, "_winnow_values", None)
+    return values if values is not None else tensor.tolist()
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, lengths: Tensor, num_keys: int) -> Tensor:

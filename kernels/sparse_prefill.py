@@ -48,7 +48,7 @@ def tile_mask(
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, keys, bits, offsets, first, rows, origin, begin, blocks, scale_log2,
+    q, k, v, out, lse, keys, bits, offsets, first, rows, origin, shift, begin, blocks, scale_log2,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, DENSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,8 @@ def _forward(
     if UPCAST:
         query = query.to(tl.float32)
     member = tl.arange(0, BLOCK_Q * PACK) // PACK
-    row = row0 + member
+    move = tl.load(shift + begin + block)
+    row = row0 + move + member
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     start, stop = tl.load(offsets + block), tl.load(offsets + block + 1)
     top = tl.full([BLOCK_Q * PACK], float("-inf"), tl.float32)
@@ -68,7 +69,7 @@ def _forward(
     for entry in range(start, stop, BLOCK_N):
         if DENSE:
             key = base + entry - start + n
-            there = key < row0 + num
+            there = key < row0 + num + move
         else:
             key = tl.load(keys + entry + n)
             there = key >= 0
@@ -117,6 +118,19 @@ def plan_for(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
     return tile_plan(q.shape[1] // k.shape[1], q.shape[2] * q.element_size() // 2, capability(q.device))
 
 
+def context_prefill(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: tuple[tuple[int, int], ...], selection: Selection | None, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `sparse_prefill` for queries at the end of longer contexts: keys says where each sequence's rows of k and v begin, and how many."""
+    check_shapes(q, k, v)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    plan = plan_for(q, k)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    for lists in key_lists(query_blocks(cu_seqlens, plan[0], keys), selection):
+        forward_piece(q, k, v, out, lse, lists, scale, plan)
+    return out, lse
+
+
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -140,7 +154,7 @@ def forward_piece(
     blocks = lists.end - lists.begin
     host = lists.blocks
     _forward[(blocks * kv_heads,)](
-        q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, host.first, host.rows, host.origin, lists.begin, blocks,
+        q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, host.first, host.rows, host.origin, host.shift, lists.begin, blocks,
         scale * LOG2E,
         HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_Q=host.size, BLOCK_N=plan[1], DENSE=lists.bits is None, UPCAST=q.device.type == "cpu",

@@ -150,7 +150,10 @@ def indexer_config(model: Any) -> IndexerConfig | None:
 
 
 def cache_shape(model: Any) -> dict[str, Any]:
-    """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments."""
+    """What `rollout.cache.PagedCache` needs to know of a model, by the names of its arguments.
+
+    Indexer keys are kept in the model's own dtype: what is compared is rounded the same way in training (`indexer.rounded`).
+    """
     config, indexer = model.config, indexer_config(model)
     heads = config.num_attention_heads
     layers = range(config.num_hidden_layers)
@@ -160,6 +163,7 @@ def cache_shape(model: Any) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "index_dim": indexer.head_dim if indexer else 0,
         "index_layers": [i for i in layers if indexer.leader_of(i) == i] if indexer else [],
+        "index_dtype": model.dtype if model.dtype.itemsize < 4 else torch.float32,  # as `rounded` leaves the keys
     }
     return shape | {"latent_dim": latent_width(config)} if is_native(config) else shape
 

@@ -77,11 +77,19 @@ def _cached(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
     write_pages(cache.k[layer.index], ctx.slot_mapping, k)
     write_pages(cache.v[layer.index], ctx.slot_mapping, v)
     layer.write_keys()
+    return attend_cached(layer, q, k, v, scale)
+
+
+def attend_cached(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [T, H, D] over the cache, which holds these tokens already -> [T, H, D]. k and v [T, Hkv, D]: these tokens' own."""
+    ctx, cache = layer.ctx, layer.ctx.cache
     selection = layer.select()
     if ctx.mode == "decode":
-        return ops.sparse_decode(
-            q, cache.k[layer.index], cache.v[layer.index], ctx.block_table, ctx.seq_lens, selection, scale
-        )[0]
+        pages = (cache.k[layer.index], cache.v[layer.index])
+        return ops.sparse_decode(q, *pages, ctx.block_table, ctx.seq_lens, selection, scale, ctx.scratch, ctx.exact)[0]
+    if ctx.exact:  # a query of a prefill as the decode step would have computed it
+        pages = (cache.k[layer.index], cache.v[layer.index])
+        return ops.sparse_rows(q, *pages, ctx.cu_seqlens, ctx.positions, ctx.block_table, selection, scale)[0]
     if ctx.fresh:
         return ops.sparse_attention(q, k, v, ctx.cu_seqlens, selection, scale)[0]
     pages = (cache.k[layer.index], cache.v[layer.index])

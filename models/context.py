@@ -97,6 +97,10 @@ class ForwardContext:
     selection_in replays given sets, and the indexer does not run; selection_out is filled per layer; observer (indexer_loss) sees every
     converted layer in train mode; force_sparse runs the sparse path also where every set is the identity (tests). coupled lets the KL's
     gradient into the model through the indexer's input: what skipping DSA's recipe does, for the ablation only.
+
+    max_seq_len (a bound is enough) and fresh (no earlier context) are read off the tensors where they are not given, which waits for a
+    GPU. A CUDA graph must not wait: with faults int32 [1] on the device a bad score sets it to 1 instead of raising, and scratch, filled
+    by the operations, serves all layers. fused: `models/inference.py` computes the rows; exact: with bits that depend on no batch.
     """
 
     mode: str
@@ -112,11 +116,15 @@ class ForwardContext:
     indexer_loss: IndexerLoss | None = None
     force_sparse: bool = False
     coupled: bool = False
+    max_seq_len: int = -1
+    fresh: bool | None = None  # prefill without an earlier context: K and V need not be read back
+    faults: Tensor | None = None
+    fused: bool = False
+    exact: bool = False
+    scratch: dict[Any, Any] = field(init=False, default_factory=dict)
     served: dict[int, Served] = field(
         init=False, default_factory=dict
     )  # layer with an indexer -> its work in this pass
-    max_seq_len: int = field(init=False)
-    fresh: bool = field(init=False)  # prefill without an earlier context: K and V need not be read back
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -127,9 +135,11 @@ class ForwardContext:
             missing = [name for name in ("block_table", "slot_mapping", "cache") if getattr(self, name) is None]
             if missing:
                 raise ValueError(f"a {self.mode} context needs {', '.join(missing)}")
-        queries = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
-        object.__setattr__(self, "max_seq_len", int(self.seq_lens.max()) if len(self.seq_lens) else 0)
-        object.__setattr__(self, "fresh", bool((queries.to(self.seq_lens.device) == self.seq_lens).all()))
+        if self.max_seq_len < 0:
+            object.__setattr__(self, "max_seq_len", int(self.seq_lens.max()) if len(self.seq_lens) else 0)
+        if self.fresh is None:
+            queries = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+            object.__setattr__(self, "fresh", bool((queries.to(self.seq_lens.device) == self.seq_lens).all()))
         if self.mode == "train" and not self.fresh:
             raise ValueError("a train context holds whole sequences: seq_lens must equal the lengths in cu_seqlens")
 

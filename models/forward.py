@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from winnow.models.context import ForwardContext, open_context
+from winnow.models.inference import inference_states
 
 
 def hidden_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
@@ -19,6 +20,8 @@ def hidden_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
     if torch.is_grad_enabled() and ctx.mode != "train":
         with torch.no_grad():
             return hidden_states(model, input_ids, ctx)
+    if ctx.fused:
+        return inference_states(model, input_ids, ctx)
     decoder = model.get_decoder()
     # An open context is found by the layers themselves. FSDP's hooks would hand each layer a copy of one that is passed, and what the
     # layer notes in it (KL, sets) would be lost.

@@ -2,12 +2,14 @@
 
     q = RoPE(W_q x) [T, H_I, D_I]     k = RoPE(LayerNorm(W_k x)) [T, D_I]     w = W_w x * H_I^-1/2 * D_I^-1/2 [T, H_I]
 
-One key per token serves every index head. RoPE turns the first `rope_dim` dims with the model's own angles. Always fp32.
+One key per token serves every index head. RoPE turns the first `rope_dim` dims with the model's own angles. Weights and arithmetic are
+fp32; q and k of a model in 16 bits are rounded to its dtype at the end, so that cache and tensor cores take them, learner and engine alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -93,6 +95,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return torch.cat((turned, rest), dim=-1)
 
 
+def rounded(x: Tensor, like: Tensor) -> Tensor:
+    """x fp32 in the dtype of the model's hidden states where that has 16 bits."""
+    return x.to(like.dtype) if like.element_size() < 4 else x
+
+
+@contextmanager
+def tensor_cores(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products in TF32 where the model computes in 16 bits: its numbers are exact in TF32, and the indexer's weights keep two bits
+    more than the model's own have. On both sides, so both choose from the same scores. Nothing changes for an fp32 model.
+    """
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if dtype in (torch.bfloat16, torch.float16) else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 class Indexer(nn.Module):
     """`calls` counts how often queries were scored, so that a test can see that short contexts and replay leave the indexer alone."""
 
@@ -108,17 +129,19 @@ class Indexer(nn.Module):
     def keys(self, hidden: Tensor, *rest: Tensor) -> Tensor:
         """hidden [T, C], cos and sin [T, D] -> [T, D_I]."""
         cos, sin = rest
-        k = self.k_norm(self.wk(hidden.float()))
-        return self._rotate(k, cos, sin)
+        with tensor_cores(hidden.dtype):
+            k = self.k_norm(self.wk(hidden.float()))
+        return rounded(self._rotate(k, cos, sin), hidden)
 
     def queries(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [T, C], cos and sin [T, D] -> q [T, H_I, D_I], w [T, H_I]."""
         self.calls += 1
         cos, sin = rest
-        hidden = hidden.float()
-        q = self.wq(hidden).view(-1, self.config.num_heads, self.config.head_dim)
-        w = self.ww(hidden) * (self.config.num_heads * self.config.head_dim) ** -0.5
-        return self._rotate(q, cos, sin), w
+        with tensor_cores(hidden.dtype):
+            wide = hidden.float()
+            q = self.wq(wide).view(-1, self.config.num_heads, self.config.head_dim)
+            w = self.ww(wide) * (self.config.num_heads * self.config.head_dim) ** -0.5
+        return rounded(self._rotate(q, cos, sin), hidden), w
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's inputs [T, ...], detached by the caller -> q [T, H_I, D_I], k [T, D_I], w [T, H_I]."""

@@ -102,7 +102,8 @@ class Layer:
             return ops.select_packed(q, k, w, ctx.cu_seqlens, ctx.positions, top_k, ctx.selector)
         pages = ctx.cache.index[self.index] if ctx.selector == "indexer" else None
         if ctx.mode == "decode":
-            return ops.select_paged(q, pages, w, ctx.block_table, ctx.seq_lens, top_k, ctx.selector)
+            waiting = (ctx.scratch, ctx.faults)
+            return ops.select_paged(q, pages, w, ctx.block_table, ctx.seq_lens, top_k, ctx.selector, *waiting)
         return ops.select_prefill(
             q, pages, w, ctx.cu_seqlens, ctx.positions, ctx.block_table, ctx.seq_lens, top_k, ctx.selector
         )

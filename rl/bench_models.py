@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,21 +43,31 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
                    {"top_k": 2048, "num_heads": 16, "head_dim": 64, "rope_dim": 32}),
     "qwen3-1.7b": ("qwen3", {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8,
                              "head_dim": 128, "num_hidden_layers": 28}, {"top_k": 2048, "num_heads": 16, "head_dim": 64, "rope_dim": 32}),
+    "smollm2-135m": ("llama", {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+                               "head_dim": 64, "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True},
+                     {"top_k": 2048, "num_heads": 4, "head_dim": 32, "rope_dim": 16}),
     "v3.2": ("deepseek_v32", {"hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128, "num_key_value_heads": 128,
                               "num_hidden_layers": 4, "first_k_dense_replace": 99}, {}),
 }  # fmt: skip
 
 
-def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str, dense: bool = False) -> Any:
+def random_model(
+    name: str, layers: int | None, dtype: torch.dtype, device: str, dense: bool = False, changes: Mapping[str, Any] | None = None,
+    indexer_changes: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """A model of that shape with random weights and indexers (`dense`: without, where it is not native), at contexts up to 1M tokens."""
-    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is unknown: the shapes are {', '.join(SHAPES)}")
     family, shape, indexer = SHAPES[name]
-    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM)}
+    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    if family == "deepseek_v32":  # only newer transformers have it
+        from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+
+        classes[family] = (DeepseekV32Config, DeepseekV32ForCausalLM)
     config_class, model_class = classes[family]
-    values = {"vocab_size": VOCAB, "max_position_embeddings": 1 << 20, **shape}
+    values = {"vocab_size": VOCAB, "max_position_embeddings": 1 << 20, **shape, **(changes or {})}
     if layers:
         values["num_hidden_layers"] = layers
     torch.manual_seed(0)
@@ -71,7 +81,7 @@ def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str,
     if family == "deepseek_v32" or dense:
         use_winnow_attention(model)
         return model
-    return attach(model, IndexerConfig.from_dict(indexer))
+    return attach(model, IndexerConfig.from_dict({**indexer, **(indexer_changes or {})}))
 
 
 def bench_cost(
@@ -107,7 +117,7 @@ def _kl_inputs(
     def draw(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=kind)
 
-    q, k, w = draw(length, *indexer), draw(length, indexer[1]), draw(length, indexer[0])
+    q, k, w = draw(length, *indexer, kind=dtype), draw(length, indexer[1], kind=dtype), draw(length, indexer[0])
     attn_q, attn_k = draw(length, heads[0], heads[2], kind=dtype), draw(length, heads[1], heads[2], kind=dtype)
     cu = torch.tensor([0, length], dtype=torch.int32, device=device)
     lse = ops.sparse_attention(attn_q, attn_k, attn_k, cu, None, heads[2] ** -0.5)[1]
@@ -123,7 +133,7 @@ def _materialising(q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tens
     causal = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril()
     scores = torch.zeros(len(q), len(q), device=q.device)
     for head in range(q.shape[1]):
-        scores = scores + w[:, head, None] * torch.relu(q[:, head] @ k.T)
+        scores = scores + w[:, head, None] * torch.relu(q[:, head].float() @ k.float().T)
     log_model = torch.log_softmax(scores.masked_fill(~causal, -torch.inf), -1)
     with torch.no_grad():
         target = torch.zeros_like(scores)

@@ -25,10 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return int(getattr(verbs, arguments.verb)(arguments) or 0)
     except KeyboardInterrupt:
-        print(
-            f"winnow {arguments.verb}: interrupted; what was finished is saved, the same command goes on from there",
-            file=sys.stderr,
-        )
+        again = "the same command with --resume" if arguments.verb == "train" else "the same command"
+        print(f"winnow {arguments.verb}: interrupted; what was finished is saved, {again} goes on", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `winnow ... | head`
         sys.stderr.close()
@@ -88,6 +86,13 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "--k", type=positive_list, default=[], metavar="K,K", help="the table's top_k, e.g. 256,512 (top_k alone)"
     )
+    convert.add_argument(
+        "--limit-s",
+        type=positive,
+        default=None,
+        metavar="S",
+        help="--table: leave out what would take longer; the same command goes on",
+    )
     for name, shipped, text in (
         ("train", "coding, smollm2, train", "one RL run: a specialist or the mixed stage"),
         (
@@ -102,6 +107,11 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
         verb.add_argument(
             "--dry-run", action="store_true", help="print the resolved config, placement and memory; start nothing"
+        )
+        verb.add_argument(
+            "--resume",
+            action="store_true",
+            help="train: from the last checkpoint, as resume=true; a pipeline always goes on",
         )
 
 
@@ -135,6 +145,13 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
         verb.add_argument("--max-tokens", type=positive, default=tokens, help=f"new tokens a turn ({tokens})")
         verb.add_argument("--seed", type=int, default=0)
+        verb.add_argument(
+            "--template-option",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="of the model's chat template, e.g. enable_thinking=false; may be repeated",
+        )
         verb.add_argument("--batch", type=positive, help="sequences that decode together (64, on a GPU 512)")
         verb.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
         verb.add_argument("--device", default="auto", help="cpu, cuda, ... (a GPU where there is one)")
@@ -150,7 +167,7 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
 
 
 def add_tools(verbs: argparse._SubParsersAction) -> None:
-    """submit, bench, report."""
+    """submit, bench, export, report."""
     submit = verbs.add_parser("submit", help="run any of these as a Ray job: ships the code, follows the log")
     submit.add_argument("--address", help="the cluster's dashboard, e.g. http://head:8265 (RAY_API_SERVER_ADDRESS)")
     submit.add_argument(
@@ -167,7 +184,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
-    bench.add_argument("what", choices=("kernels", "rollout", "step", "rewards", "cost", "warmup", "memory"))
+    bench.add_argument("what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory"))
     bench.add_argument(
         "--model",
         help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
@@ -175,7 +192,10 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument("--threads", type=positive, default=1)
     bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
     bench.add_argument(
-        "--only", nargs="+", metavar="NAME", help="kernels: the rows whose names contain one of these, e.g. mla topk"
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="kernels: these rows, or all whose names contain a word, e.g. mla topk",
     )
     bench.add_argument(
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
@@ -187,9 +207,36 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument(
         "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
     )
+    bench.add_argument(
+        "--suite",
+        nargs="+",
+        metavar="PART",
+        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them",
+    )
+    bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
+    bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
+    bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
+    bench.add_argument("--steps", type=positive, default=10, help="step: steps to run (10)")
+    bench.add_argument(
+        "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
+    )
+    export = verbs.add_parser("export", help="a checkpoint of a run as a plain model folder")
+    export.add_argument("run", help="a run folder, or one checkpoint in it")
+    export.add_argument("out", help="the folder to write")
+    export.add_argument("--step", type=count, help="which checkpoint (the newest)")
+    export.add_argument("--best", action="store_true", help="the one with the best held-out reward")
+    export.add_argument(
+        "--dense", action="store_true", help="without the indexers: the dense model, for programs that know no DSA"
+    )
+    export.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model's weights (float32)"
+    )
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")
+    report.add_argument(
+        "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
+    )
 
 
 def positive(text: str) -> int:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from winnow.models.native import is_native
 from winnow.rl import convert_data, memory, share
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.cost import cost_curves, default_cost, default_lengths
+from winnow.rl.needle_stage import teach_needles
 from winnow.rl.needles import needle_report, room_needed
 from winnow.rl.partial import Partial, make_key
 from winnow.rl.retention import perplexity, recall, retention_report
@@ -50,32 +50,35 @@ def convert(
     tokenizer = open_tokenizer(model_path, texts)
     partial = Partial(Path(out), conversion_key(model_path, options, texts))
     train, held = sequences(model, tokenizer, options, texts, progress, partial)
-    with fast_matmul(options.device):
-        before = perplexity(model, held, "dense")
-        leaders = attach_indexers(model, options, held)
-        progress(
-            f"converting {model_path}: {len(train)} sequences to train on, {len(held)} held out, dense perplexity {before:.2f}, "
-            f"top_k {options.top_k}, {sum(p.numel() for p in indexer_parameters(model).values()):,} indexer weights"
-            + (f" in layers {', '.join(map(str, leaders))}" if leaders else "")
-        )
-        estimate = memory.conversion_memory(model, options)
-        for line in memory.describe(estimate):
-            progress(line)
-        memory.reset_peak(options.device)
-        warm, curves = train_stages(model, train, held, options, progress, partial)
-        peak = memory.measured_peak(options.device)
-        freeze(indexer_parameters(model))
-        report = {
-            "model": str(model_path),
-            "options": asdict(options),
-            "leaders": list(leaders),
-            "train_tokens": sum(map(len, train)),
-            "warmup": warm,
-            "sparse": curves,
-            "memory": {"estimate": estimate, "peak": peak},
-            "dense_before": {"perplexity": before},
-            "retention": full_report(model, tokenizer, held, options, progress),
-        }
+    if options.needle_steps:  # again when a conversion goes on: the same steps
+        if tokenizer is None:
+            raise ValueError("convert.needle_steps needs a tokenizer, and the model's folder has none")
+        teach_needles(model, tokenizer, train, options, progress)
+    before = perplexity(model, held, "dense")
+    leaders = attach_indexers(model, options, held)
+    progress(
+        f"converting {model_path}: {len(train)} sequences to train on, {len(held)} held out, dense perplexity {before:.2f}, "
+        f"top_k {options.top_k}, {sum(p.numel() for p in indexer_parameters(model).values()):,} indexer weights"
+        + (f" in layers {', '.join(map(str, leaders))}" if leaders else "")
+    )
+    estimate = memory.conversion_memory(model, options)
+    for line in memory.describe(estimate):
+        progress(line)
+    memory.reset_peak(options.device)
+    warm, curves = train_stages(model, train, held, options, progress, partial)
+    peak = memory.measured_peak(options.device)
+    freeze(indexer_parameters(model))
+    report = {
+        "model": str(model_path),
+        "options": asdict(options),
+        "leaders": list(leaders),
+        "train_tokens": sum(map(len, train)),
+        "warmup": warm,
+        "sparse": curves,
+        "memory": {"estimate": estimate, "peak": peak},
+        "dense_before": {"perplexity": before},
+        "retention": full_report(model, tokenizer, held, options, progress),
+    }
     folder = save(model, tokenizer, out)
     report["seconds"] = round(time.monotonic() - begin, 1)
     write_report_files(folder, report)
@@ -180,18 +183,6 @@ def needles_that_fit(tokenizer: Any, options: ConvertOptions) -> int:
     """options.needles, or fewer where they would take more than half of a text."""
     each = max(1, room_needed(tokenizer, 1))
     return max(1, min(options.needles, options.seq_len // (2 * each)))
-
-
-@contextmanager
-def fast_matmul(device: str) -> Iterator[None]:
-    """On a GPU fp32 products run in TF32 while a conversion trains and reports: dense and sparse alike."""
-    before = torch.get_float32_matmul_precision()
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def write_report_files(folder: Path, report: dict[str, Any]) -> None:

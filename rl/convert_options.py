@@ -41,6 +41,9 @@ class ConvertOptions:
     coupled: bool = False  # ablation: the KL's gradient reaches the model too, against DSA's recipe
     checkpointing: bool = False  # recompute activations in the sparse stage's backward
     holdout_tokens: int = 1536
+    needle_steps: int = 0  # steps that teach the dense model to find needles, before anything else
+    needle_tokens: int = 4096  # of one of them
+    needle_lr: float = 1e-4
     needle_share: float = 0.0  # of the training sequences: texts with needles and questions after them
     needles: int = 8  # in one text of the report
     needle_texts: int = 4  # of each length
@@ -51,10 +54,27 @@ class ConvertOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "warmup_tokens", "warmup_passes", "warmup_micro", "sparse_tokens", "holdout_tokens"):
+        sizes = (
+            "seq_len",
+            "warmup_tokens",
+            "warmup_passes",
+            "warmup_micro",
+            "sparse_tokens",
+            "holdout_tokens",
+            "needle_tokens",
+        )
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be >= 1")
-        for name in ("warmup_batches", "sparse_steps", "warmup_lr", "sparse_indexer_lr", "sparse_model_lr"):
+        for name in (
+            "warmup_batches",
+            "sparse_steps",
+            "needle_steps",
+            "warmup_lr",
+            "sparse_indexer_lr",
+            "sparse_model_lr",
+            "needle_lr",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be >= 0")
         for name, allowed in (("index_share_by", ("every", "overlap")), ("report", REPORTS)):

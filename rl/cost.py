@@ -3,11 +3,13 @@
 At each length L the cache is filled with random keys and values, so nothing has to be prefilled to get there.
 
     prefill   the chunk of `chunk` tokens that ends at L, per token: what a token costs at that place, as published curves have it
-    decode    one token for each of B sequences of L tokens, per token; B * L is about `decode_tokens`
+    decode    one token for each of B sequences of L tokens, per token; B * L is about `decode_tokens`; on a GPU as a CUDA graph, as an
+              engine would run it: "graphs" says where that was possible
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,9 +58,16 @@ def cost_curves(model: Any, options: CostOptions) -> dict[str, Any]:
     """{"lengths", "prefill": {"dense": [µs per token], "sparse": [..]}, "decode": {...}, "batch": [..], "top_k", "break_even": {...}}."""
     shape = indexer_config(model)
     assert shape is not None, "cost is compared on a converted model"
-    result: dict[str, Any] = {"lengths": list(options.lengths), "top_k": shape.top_k, "batch": [], "chunk": []}
+    result: dict[str, Any] = {
+        "lengths": list(options.lengths),
+        "top_k": shape.top_k,
+        "batch": [],
+        "chunk": [],
+        "graphs": [],
+    }
     result |= {kind: {name: [] for name in MODES} for kind in ("prefill", "decode")}
     for length in options.lengths:
+        print(f"cost at {length} tokens", file=sys.stderr, flush=True)
         for kind in ("prefill", "decode"):
             wanted = options.decode_tokens // length if kind == "decode" else 1
             batch = max(1, min(options.max_batch, wanted))
@@ -66,6 +75,9 @@ def cost_curves(model: Any, options: CostOptions) -> dict[str, Any]:
             cache, table = _filled_cache(model, batch, length, options.page_size)
             for name, selector in MODES.items():
                 run = _runner(model, cache, table, batch, length, tokens, kind, selector)
+                if kind == "decode" and table.is_cuda:
+                    run, graphed = _graphed(run)
+                    result["graphs"].append(graphed)
                 result[kind][name].append(_seconds(run, options.repeats, str(table.device)) * 1e6 / (batch * tokens))
             result["batch" if kind == "decode" else "chunk"].append(batch if kind == "decode" else tokens)
             del cache
@@ -106,14 +118,30 @@ def _runner(
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     bounds = (torch.arange(batch + 1, device=device) * tokens).to(torch.int32)
 
-    def run() -> object:
-        ctx = ForwardContext(
-            mode=mode, positions=positions, cu_seqlens=bounds, seq_lens=lengths, block_table=table, slot_mapping=slots, cache=cache,
-            selector=selector,
-        )  # fmt: skip
-        return hidden_states(model, ids, ctx)
+    ctx = ForwardContext(
+        mode=mode, positions=positions, cu_seqlens=bounds, seq_lens=lengths, block_table=table, slot_mapping=slots, cache=cache,
+        selector=selector,
+    )  # fmt: skip
+    return lambda: hidden_states(model, ids, ctx)
 
-    return run
+
+def _graphed(run: Callable[[], object]) -> tuple[Callable[[], object], bool]:
+    """`run` as a CUDA graph, or as it is where it cannot be captured; whether it was."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles what compiles on its first call
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        print(f"decode runs without a CUDA graph: {str(error)[:200]}", file=sys.stderr, flush=True)
+        torch.cuda.synchronize()
+        return run, False
+    return graph.replay, True
 
 
 def _seconds(run: Callable[[], object], repeats: int, device: str) -> float:

@@ -78,13 +78,23 @@ class Learner:
         path = str(path or config.model.path)
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.seed)
-        self.device = "cuda" if config.cluster.learner_gpus > 0 and torch.cuda.is_available() else "cpu"
-        model: Any = model_folders.load(path, dtype=config.model.dtype, device=self.device).train()
+        if config.cluster.learner_gpus > 0 and not torch.cuda.is_available():
+            raise RuntimeError(
+                f"cluster.learner_gpus is {config.cluster.learner_gpus:g}, but torch sees no GPU in the learner's process: install a torch "
+                "built for CUDA there, or set cluster.learner_gpus to 0"
+            )
+        self.device = "cuda" if config.cluster.learner_gpus > 0 else "cpu"
+        model: Any = model_folders.load(path, dtype=config.model.dtype, device=self.device)
         has_tokenizer = any(model_folders.resolve(path).glob("tokenizer*.json"))
         self.tokenizer = model_folders.load_tokenizer(path) if has_tokenizer else None
+        return self._adopt(model, path)
+
+    def _adopt(self, model: Any, path: str) -> dict[str, Any]:
+        """Takes a loaded model, splits it over the ranks and makes its optimizer, reference and counts. `path` is what to call it."""
+        config = self.config
+        self.model = model.train()
         if config.learner.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = model
         shape = attach.indexer_config(self.model)
         self.top_k = shape.top_k if shape else None
         if self.top_k is None and (config.indexer.train == "kl" or config.indexer.selection == "replay"):
@@ -149,7 +159,9 @@ class Learner:
         old = self._old_logprobs(batch)
         for number, update in enumerate(batch.updates):
             self.optimizer.zero_grad()
-            fault = self._accumulate(batch, number, update, old, tally, drift)
+            norms: dict[str, float] = {}
+            fault = self._accumulate(number, update, old, tally, drift, norms)
+            self.optimizer.collect()
             self.ranks.sum_gradients(self.optimizer.indexer if update.micro_batches else ())
             faults = [found for found in self.ranks.gather(fault) if found is not None]
             if faults:
@@ -157,8 +169,8 @@ class Learner:
             if number == 0:
                 extra = _Drift.joined(self.ranks.gather(drift)).metrics()
                 self._check_parity(batch, {**_STILL, **self._merged(tally).result(), **extra})
-            if any(p.grad is not None for p in (*self.optimizer.base, *self.optimizer.indexer)):
-                extra |= self._apply(batch, number)
+            if self.optimizer.has_gradients:
+                extra |= self._apply(batch, number) | _shares(norms)
         tally = self._merged(tally)
         tally.sums = {
             name: value / len(batch.updates) for name, value in tally.sums.items()
@@ -204,34 +216,79 @@ class Learner:
         return [found[trajectory.key] for trajectory in trajectories]
 
     def _accumulate(
-        self, batch: TrainBatch, number: int, update: Update, old: Mapping[int, Tensor], tally: Tally, drift: _Drift
+        self,
+        number: int,
+        update: Update,
+        old: Mapping[int, Tensor],
+        tally: Tally,
+        drift: _Drift,
+        norms: dict[str, float],
     ) -> tuple[str, str] | None:
-        """Adds the gradients of this rank's micro-batches of one update. Returns the first loss that is not finite: what, and where."""
+        """Adds the gradients of this rank's micro-batches of one update; `norms` gets that of each domain where there are several.
+
+        Returns the first loss that is not finite: what, and where.
+        """
         fault: tuple[str, str] | None = None
-        for index, counts in self.ranks.deal(update.micro_batches):
-            micro = update.micro_batches[index]
-            kl = IndexerLoss() if self.config.indexer.train == "kl" else None
-            recorded = self._recorded(micro)
-            replay = recorded if self.config.indexer.selection == "replay" else None
-            record = recorded is not None and replay is None
-            with scoring.scored(
-                self.model, micro, replay=replay, record=record, indexer_loss=kl, selector=self._selector
-            ) as result:
-                inputs = self._loss_inputs(micro, result, old.get(id(micro)))
-                output = compute_loss(inputs, self.config.algorithm, update.denominators)
-                loss = output.loss
-                if kl is not None and kl.kl:
-                    share = kl.sum() / (update.num_inputs * len(kl.kl))
-                    output.metrics.sum("loss/indexer_kl", share.detach())
-                    loss = loss + share
-                if not torch.isfinite(loss):
-                    fault = fault or (f"the loss is {loss.item()}", _where(index, micro, inputs.logprobs))
-                    if self.ranks.world == 1:
-                        break
-                if loss.requires_grad:
-                    (loss if counts else loss * 0.0).backward()
-            if not counts:
-                continue
+        parts = self._dealt(update)
+        for domain, mine in parts:
+            for index, counts in mine:
+                found = self._backward(number, update, index, counts, old, tally, drift)
+                self.optimizer.absorb()
+                fault = fault or found
+                if fault and self.ranks.world == 1:
+                    return fault
+            if len(parts) > 1:
+                norms[domain] = float(self.optimizer.end_part())
+        return fault
+
+    def _dealt(self, update: Update) -> list[tuple[str, list[tuple[int, bool]]]]:
+        """This rank's micro-batches of an update, domain by domain: (index, counts), as `Ranks.deal`. All ranks are in one domain at a
+        time, so that the gradient between two of them is one domain's."""
+        by_domain: dict[str, list[int]] = {}
+        for index, micro in enumerate(update.micro_batches):
+            by_domain.setdefault(micro.domains[0], []).append(index)
+        return [
+            (
+                name,
+                [(chosen[i], counts) for i, counts in self.ranks.deal([update.micro_batches[i] for i in chosen])],
+            )
+            for name, chosen in by_domain.items()
+        ]
+
+    def _backward(
+        self,
+        number: int,
+        update: Update,
+        index: int,
+        counts: bool,
+        old: Mapping[int, Tensor],
+        tally: Tally,
+        drift: _Drift,
+    ) -> tuple[str, str] | None:
+        """Forward and backward of one micro-batch, which is gone through and does not count where `counts` is False."""
+        fault = None
+        micro = update.micro_batches[index]
+        kl = IndexerLoss() if self.config.indexer.train == "kl" else None
+        recorded = self._recorded(micro)
+        replay = recorded if self.config.indexer.selection == "replay" else None
+        record = recorded is not None and replay is None
+        with scoring.scored(
+            self.model, micro, replay=replay, record=record, indexer_loss=kl, selector=self._selector
+        ) as result:
+            inputs = self._loss_inputs(micro, result, old.get(id(micro)))
+            output = compute_loss(inputs, self.config.algorithm, update.denominators)
+            loss = output.loss
+            if kl is not None and kl.kl:
+                share = kl.sum() / (update.num_inputs * len(kl.kl))
+                output.metrics.sum("loss/indexer_kl", share.detach())
+                loss = loss + share
+            if not torch.isfinite(loss):
+                fault = (f"the loss is {loss.item()}", _where(index, micro, inputs.logprobs))
+                if self.ranks.world == 1:
+                    return fault
+            if loss.requires_grad:
+                (loss if counts else loss * 0.0).backward()
+        if counts:
             tally.merge(output.metrics)
             if number == 0 and (update.denominators.sequences or update.denominators.kl_tokens):
                 drift.add(inputs.logprobs.detach(), micro.rollout_logprobs)
@@ -243,7 +300,7 @@ class Learner:
         """Clips and steps, unless a gradient is not finite. Returns the norms."""
         norms = {name: float(norm) for name, norm in self.optimizer.clip().items()}
         if not all(np.isfinite(norm) for norm in norms.values()):
-            found = self.ranks.gather(non_finite_gradients(self.model.named_parameters()))
+            found = self.ranks.gather(non_finite_gradients(self.model.named_parameters(), self.optimizer))
             bad = sorted({name for of_rank in found for name in of_rank})
             self._refuse(
                 batch, f"the gradient is not finite (norms {norms}; first of {len(bad)} tensors: {bad[:1]})", number
@@ -289,7 +346,7 @@ class Learner:
         if not self.config.algorithm.recompute_old or len(batch.updates) < 2:
             return {}
         old = {}
-        for micro in (u.micro_batches[i] for u in batch.updates for i, _ in self.ranks.deal(u.micro_batches)):
+        for micro in (u.micro_batches[i] for u in batch.updates for _, mine in self._dealt(u) for i, _ in mine):
             replay = self._recorded(micro) if self.config.indexer.selection == "replay" else None
             with scoring.scored(self.model, micro, replay=replay, selector=self._selector) as result:
                 old[id(micro)] = result.logprobs
@@ -374,6 +431,14 @@ def _where(index: int, micro: MicroBatch, values: Tensor) -> str:
     bad = (~torch.isfinite(values.detach())).cpu().numpy()
     keys = [micro.keys[i] for i in sorted(set(micro.sequence_ids[bad]))] or list(micro.keys)
     return f", micro-batch {index + 1}, sequences {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+
+
+def _shares(norms: Mapping[str, float]) -> dict[str, float]:
+    """grad_norm_of/<domain>, before the clip, and each one's share of their sum: what 'equal share of the gradient' comes to."""
+    total = sum(norms.values()) or 1.0
+    return {f"grad_norm_of/{name}": norm for name, norm in norms.items()} | {
+        f"grad_share/{name}": norm / total for name, norm in norms.items()
+    }
 
 
 # What a step without anything to train reports, so that every line of metrics.jsonl has the same names.

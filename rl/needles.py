@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from winnow.models.context import train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.convert_data import pack
+from winnow.rl.retention import reading_context
 
 PLACES = (
     "Oslo", "Lima", "Cairo", "Delhi", "Paris", "Tokyo", "Quito", "Dakar", "Riga", "Seoul", "Milan", "Boston", "Havana", "Vienna", "Lagos",
@@ -91,7 +91,7 @@ def found(model: Any, haystack: Haystack, selector: str) -> list[bool]:
     """Of each needle, in the order of the questions, whether the model would write its number."""
     batch = pack([haystack.tokens])
     weight = lm_head_weight(model)
-    ctx = train_context(batch.lengths, weight.device, selector=selector)
+    ctx = reading_context(model, batch.lengths, selector)
     tokens = batch.tokens.to(weight.device)
     hidden = hidden_states(model, tokens, ctx)
     rows = torch.cat([torch.arange(a - 1, b - 1) for a, b in haystack.answers]).to(weight.device)

@@ -15,7 +15,7 @@ from winnow.models.attach import indexer_config
 from winnow.models.load import load, load_tokenizer
 from winnow.rl import convert_data
 from winnow.rl.conversion_page import write_page
-from winnow.rl.convert import fast_matmul, full_report, summary
+from winnow.rl.convert import full_report, summary
 from winnow.rl.convert_options import ConvertOptions
 
 TOKENS = 16  # texts of --length tokens that are read
@@ -45,11 +45,10 @@ def evaluate_retention(arguments: argparse.Namespace, progress: Callable[[str], 
     if not held:
         raise ValueError(f"{arguments.text} holds no text of more than top_k={shape.top_k} tokens: give a longer one")
     options = ConvertOptions(top_k=shape.top_k, seq_len=arguments.length, seed=arguments.seed, device=arguments.device)
-    with fast_matmul(arguments.device):
-        report: dict[str, Any] = {
-            "model": str(arguments.model),
-            "retention": full_report(model, tokenizer, held, options, progress),
-        }
+    report: dict[str, Any] = {
+        "model": str(arguments.model),
+        "retention": full_report(model, tokenizer, held, options, progress),
+    }
     report["seconds"] = round(time.monotonic() - begin, 1)
     out = Path(arguments.out or f"{Path(arguments.model).name}.retention.json")
     out.write_text(json.dumps(report, indent=1) + "\n")

@@ -19,18 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from winnow.kernels.packing import round_up
+from winnow.kernels import ops
+from winnow.kernels.packing import known, round_up
+from winnow.models import inference
 from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rollout.cache import PagedCache
+from winnow.rollout.decoding import Decoding
 from winnow.rollout.records import NARROW_LIMIT, compact
-from winnow.rollout.sampler import sample, stream_seed
+from winnow.rollout.sampler import Drawn, sample, stream_seed, uniforms
 from winnow.rollout.scheduler import Scheduler
 from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
 
+SCORED = 256  # rows of logits of one piece of an exact scoring
 ON_UPDATE = ("recompute", "drain")
 
 
@@ -46,6 +50,8 @@ class EngineConfig:
     record_indices: bool = False
     keep_kept_sets: bool = True
     selector: str = "indexer"
+    cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU and the model's forward pass allows it
+    exact: bool = False  # on a GPU: bits of a token that depend on its own sequence alone, not on the batch or on how it was computed
     reuse_prefixes: bool = (
         True  # start a prefill behind the pages that an earlier request left, within one policy version
     )
@@ -85,6 +91,7 @@ class Engine:
             device=self.device,
         )
         ends = set(end_ids) | _end_ids(model, tokenizer)
+        self._end_ids = frozenset(ends)
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self.version = 0
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0, "prefill_steps": 0, "decode_steps": 0}
@@ -97,6 +104,22 @@ class Engine:
             record_from=self.index_k if self.records else None,
         )
         self.paused = False
+        self.fused = self.device.type == "cuda" and inference.takes(model)
+        if config.exact and self.device.type == "cuda" and not self.fused:
+            raise ValueError(
+                f"rollout.exact is set, but a {shape.model_type} model has no exact forward pass: it needs one of {inference.FAMILIES}"
+            )
+        if self.fused:
+            inference.join(model)
+        graphs = self.fused and config.cuda_graphs and config.selector in ("indexer", "dense")
+        self.decoding = self.static_decoding(capture=True) if graphs else None
+
+    def static_decoding(self, capture: bool) -> Decoding:
+        """Decode steps at fixed shapes; capture: as CUDA graphs."""
+        return Decoding(
+            self.model, self.cache, max_batch=self.config.max_batch, context=self.context, index_k=self.index_k, layers=self.layers,
+            selector=self.config.selector, fused=self.fused, exact=self.config.exact, capture=capture,
+        )  # fmt: skip
 
     @property
     def has_work(self) -> bool:
@@ -203,6 +226,8 @@ class Engine:
 
     def release(self, sequence: Sequence) -> None:
         """Ends a sequence in any state and gives its pages back. Its tokens stay readable."""
+        if self.decoding is not None:
+            self.decoding.flush()
         self.scheduler.release(sequence)
 
     def step(self) -> list[Sequence]:
@@ -247,8 +272,6 @@ class Engine:
     @torch.inference_mode()
     def score(self, tokens: Row[int], temperature: float = 1.0) -> np.ndarray:
         """The engine's own log-probabilities of given tokens through the paged path: fp32 [tokens], 0 for the first. For parity."""
-        from winnow.kernels.ops import token_logprobs
-
         span = Span(tokens=list(tokens), order=-1)
         self.cache.check_fits(len(span.tokens), "a sequence to score")
         result = np.zeros(len(span.tokens), dtype=np.float32)
@@ -258,12 +281,24 @@ class Engine:
                 self.scheduler.take_pages(span, start + count, anyone=True)
                 hidden = self._prefill_forward([span], [count])
                 targets = torch.tensor(span.tokens[start + 1 : start + count + 1], device=self.device)
-                weight = lm_head_weight(self.model)
-                logprobs, _ = token_logprobs(hidden[: len(targets)], weight, targets, temperature, None)
+                logprobs = self._score(hidden[: len(targets)], targets, temperature)
                 result[start + 1 : start + 1 + len(targets)] = logprobs.cpu().numpy()
         finally:
             self.cache.free(span.pages)
         return result
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities fp32 [T] of targets int64 [T]; in exact mode by the very kernel that drew them."""
+        weight = lm_head_weight(self.model)
+        if not (self.config.exact and self.fused):
+            return ops.token_logprobs(hidden, weight, targets, temperature, None)[0]
+        parts = []
+        for some, wanted in zip(hidden.split(SCORED), targets.split(SCORED), strict=True):
+            warm = torch.full((len(some),), temperature, dtype=torch.float32, device=self.device)
+            logprobs, faults = torch.empty_like(warm), torch.zeros(1, dtype=torch.int32, device=self.device)
+            ops.draw(ops.linear(some, weight, None, True), warm, warm.double(), wanted, logprobs, faults, given=True)
+            parts.append(logprobs)
+        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
     def _start(self, sequences: list[Sequence]) -> list[Sequence]:
         """First tokens of samples whose prompt is prefilled; returns those that ended with it."""
@@ -316,16 +351,28 @@ class Engine:
         rows = self.scheduler.slots
         slots = np.array([sequence.slot for sequence in running])
         lengths = rows.length[slots]
+        self.counters["decode_tokens"] += len(running)
+        self.counters["decode_steps"] += 1
+        if self.decoding is not None:
+            stepped = self.decoding.run(rows, slots, draws=not rows.filtered(slots), records=self.records)
+            self._record_decode(running, lengths, stepped.sets)
+            if stepped.logits is not None:
+                return self._draw(running, stepped.logits)
+            assert stepped.tokens is not None and stepped.logprobs is not None
+            return self._append(running, slots, Drawn(tokens=stepped.tokens, logprobs=stepped.logprobs, kept=None))
         table = rows.table[slots, : self.cache.pages_for(int(lengths.max()))]
         each = np.arange(len(running) + 1)
         hidden, sets = self._forward("decode", rows.last[slots], lengths - 1, each[:-1], each, lengths, table)
-        if sets is not None:
-            for row, (sequence, deep) in enumerate(zip(running, (lengths > self.index_k).tolist(), strict=True)):
-                if deep:
-                    sequence.records.append((sets, row, row + 1))
-        self.counters["decode_tokens"] += len(running)
-        self.counters["decode_steps"] += 1
+        self._record_decode(running, lengths, sets)
         return self._draw(running, self._logits(hidden))
+
+    def _record_decode(self, running: list[Sequence], lengths: np.ndarray, sets: np.ndarray | None) -> None:
+        """A step's sets [layers, rows, k] to the sequences that are longer than k."""
+        if sets is None:
+            return
+        for row, (sequence, deep) in enumerate(zip(running, (lengths > self.index_k).tolist(), strict=True)):
+            if deep:
+                sequence.records.append((sets, row, row + 1))
 
     def _forward(
         self,
@@ -357,13 +404,17 @@ class Engine:
         context = ForwardContext(
             mode=mode,
             positions=move(positions, np.int64),
-            cu_seqlens=move(offsets, np.int32),
-            seq_lens=move(lengths, np.int32),
+            cu_seqlens=known(move(offsets, np.int32), offsets.tolist()),
+            seq_lens=known(move(lengths, np.int32), lengths.tolist()),
             block_table=move(table, np.int32),
             slot_mapping=move(slots, np.int64),
             cache=self.cache,
             selector=self.config.selector,
             selection_out=out,
+            max_seq_len=int(lengths.max()),
+            fresh=mode == "prefill" and bool((np.diff(offsets) == lengths).all()),
+            fused=self.fused,
+            exact=self.config.exact and self.fused,
         )
         hidden = hidden_states(self.model, move(ids, np.int64), context)
         hidden = hidden[:num_tokens]
@@ -379,34 +430,58 @@ class Engine:
         rows, weight = len(hidden), lm_head_weight(self.model)
         if self.device.type == "cpu":
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, round_up(rows) - rows))
-        return torch.nn.functional.linear(hidden, weight).float()[:rows]
+        return ops.linear(hidden, weight, None, self.config.exact)[:rows]
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
-        """Draws one token for each sequence (all of them running), and takes those that end out of the batch."""
+        """Draws one token for each sequence (all of them running) from logits [rows, V], and takes those that end out of the batch."""
         slots = np.array([sequence.slot for sequence in sequences])
+        return self._append(sequences, slots, self._sample(logits, slots))
+
+    def _sample(self, logits: Tensor, slots: np.ndarray) -> Drawn:
+        """A draw for each slot. Without filters on a GPU by the kernel that decode steps use, so that both sides have the same bits."""
         rows = self.scheduler.slots
-        drawn = sample(logits, rows.params(slots), self.config.keep_kept_sets)
+        params = rows.params(slots)
+        if not self.fused or rows.filtered(slots):
+            return sample(logits.float(), params, self.config.keep_kept_sets)
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
+        logprobs = torch.empty(len(slots), dtype=torch.float32, device=self.device)
+        faults = torch.zeros(1, dtype=torch.int32, device=self.device)
+        temperature = torch.from_numpy(params.temperature).to(self.device)
+        uniform = torch.from_numpy(uniforms(params.stream, params.position)).to(self.device)
+        ops.draw(logits, temperature, uniform, tokens, logprobs, faults)
+        if int(faults):
+            raise ValueError("the logits of a prefill are not finite: the weights or the cache are not finite")
+        return Drawn(tokens=tokens.cpu().numpy(), logprobs=logprobs.cpu().numpy(), kept=None)
+
+    def _append(self, sequences: list[Sequence], slots: np.ndarray, drawn: Drawn) -> list[Sequence]:
+        """Writes down one drawn token for each sequence; returns those that end with it."""
+        rows = self.scheduler.slots
         rows.length[slots] += 1
         rows.last[slots] = drawn.tokens
-        at_end = np.isin(drawn.tokens, self._ends).tolist()
-        full = (rows.length[slots] >= rows.limit[slots]).tolist()
+        at_end = np.isin(drawn.tokens, self._ends)
+        over = (at_end | (rows.length[slots] >= rows.limit[slots])).tolist()
         ended = []
-        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-        for row, sequence in enumerate(sequences):
+        # A step of hundreds of sequences is a few milliseconds on a GPU: this loop does only what every token needs.
+        for sequence, token, logprob, ends in zip(
+            sequences, drawn.tokens.tolist(), drawn.logprobs.tolist(), over, strict=True
+        ):
             sequence.num_cached = len(sequence.tokens)
-            sequence.tokens.append(tokens[row])
-            sequence.logprobs.append(logprobs[row])
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
             sequence.versions.append(self.version)
-            if drawn.kept is not None and (kept := drawn.kept[row]) is not None:
-                sequence.kept.append((len(sequence.tokens) - 1, kept))
-            if at_end[row] or (sequence.sampling.stop and self._stop_text(sequence)):
-                sequence.finish = "stop"
-            elif full[row]:
-                sequence.finish = "length"
-            if sequence.finish is not None:
+            if ends or (sequence.sampling.stop and self._stop_text(sequence)):
                 ended.append(sequence)
+        if drawn.kept is not None:
+            for sequence, kept in zip(sequences, drawn.kept, strict=True):
+                if kept is not None:
+                    sequence.kept.append((len(sequence.tokens) - 1, kept))
+        for sequence in ended:
+            text = sequence.tokens[-1] in self._end_ids or (sequence.sampling.stop and self._stop_text(sequence))
+            sequence.finish = "stop" if text else "length"
         if ended:
             self.scheduler.retire(ended)
+            if self.decoding is not None:
+                self.decoding.flush()
         return ended
 
     def _stop_text(self, sequence: Sequence) -> bool:

@@ -155,7 +155,7 @@ class EpisodeRunner:
             messages += environment.reset(task)
         episode = _Episode(job=job, number=number, messages=messages, environment=environment)
         job.episodes.append(episode)
-        prompt = self.template.prompt_ids(messages)
+        prompt = self.template.prompt_ids(messages, request.template)
         total = request.max_total_tokens
         [episode.sample] = self.engine.add(prompt, request.sampling, 1, request.request_id, total, first_sample=number)
         self._episodes[episode.sample] = episode
@@ -187,7 +187,8 @@ class EpisodeRunner:
         if answer.done:
             episode.reason = "done"
         elif episode.reason != "length" and episode.turns < episode.job.request.max_turns:
-            observation = self.template.observation_ids(episode.messages, answer.messages, sample.tokens[-1])
+            options = episode.job.request.template
+            observation = self.template.observation_ids(episode.messages, answer.messages, sample.tokens[-1], options)
             if len(observation) < sample.room:
                 before = len(sample.tokens)
                 self.engine.extend(sample, observation)

@@ -27,13 +27,22 @@ class Slots:
         self.length, self.last, self.limit, self.top_k = (np.zeros(rows, dtype=np.int64) for _ in range(4))
         self.temperature, self.top_p, self.min_p = (np.zeros(rows, dtype=np.float32) for _ in range(3))
         self.stream = np.zeros(rows, dtype=np.uint64)
+        self.stamp = np.zeros(
+            rows, dtype=np.int64
+        )  # how often a slot was filled: a copy of its table elsewhere is known by it
 
     def fill(self, sequence: Sequence) -> None:
         slot, sampling = sequence.slot, sequence.sampling
+        self.stamp[slot] += 1
         self.table[slot, : len(sequence.pages)] = sequence.pages
         self.length[slot], self.limit[slot], self.stream[slot] = len(sequence.tokens), sequence.limit, sequence.stream
         self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
         self.top_p[slot], self.min_p[slot] = sampling.top_p, sampling.min_p
+
+    def filtered(self, slots: np.ndarray) -> bool:
+        """Whether any of these slots cuts its vocabulary."""
+        hot = self.temperature[slots] > 0
+        return bool((hot & ((self.top_k[slots] > 0) | (self.top_p[slots] < 1) | (self.min_p[slots] > 0))).any())
 
     def params(self, slots: np.ndarray) -> RowParams:
         """What the sampler needs for the next token of these slots."""

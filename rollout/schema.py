@@ -94,6 +94,7 @@ class Request:
     sampling: Sampling
     max_turns: int = 1
     max_total_tokens: int | None = None  # prompt + every turn; None: the engine's context
+    template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template, e.g. enable_thinking
     first_sample: int | None = None
 
     @property

@@ -16,7 +16,7 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 def kernels(sm):
     """(name, kernel, types of the pointer and scalar arguments, constants, warps, stages) of the shapes that are timed."""
-    from winnow.kernels import gqa_decode, indexer_logits, invariant, mla_decode, quant, topk
+    from winnow.kernels import draw, gqa_decode, indexer_logits, invariant, mla_decode, quant, rows, select_short, topk
 
     i32, f8 = "*i32", sm >= 89
     split, block_n, stages = gqa_decode.plan(128, 8, 256, SHARED[sm] // 1024)  # what a batch of 128 takes on this chip
@@ -128,6 +128,32 @@ def kernels(sm):
         2,
     )
     yield "softmax", invariant._softmax, dict(x="*bf16", y="*bf16", C="i32"), {"LOG": True, "BLOCK": 4096}, 8, 2
+    yield "split_heads", rows._split_heads, dict.fromkeys(("qkv", "q_weight", "k_weight", "cos", "sin", "q_out", "k_out", "k_cache", "v_cache"), "*bf16") | dict(
+        slots="*i64", eps="fp32", row_stride="i32", angle_stride="i32", token_stride="i32", head_stride="i32",
+    ), {"HQ": 16, "HKV": 8, "D": 128, "BLOCK_H": 8, "BLOCK_D": 128, "NORM": True, "KEEP": True}, 2, 2  # fmt: skip
+    yield "index_rows", rows._index_rows, dict.fromkeys(("cos", "sin", "q_out", "k_out", "cache"), "*bf16") | dict(
+        proj="*fp32", gamma="*fp32", beta="*fp32", slots="*i64", w_out="*fp32", eps="fp32", w_scale="fp32", row_stride="i32", angle_stride="i32",
+    ), {"H": 16, "D": 64, "ROPE": 32, "STEP": 4, "PAIRS": False, "BLOCK_H": 16, "KEY": 1024, "HEADS": True, "KEEP": True}, 2, 2  # fmt: skip
+    yield "silu_mul", rows._silu_mul, dict(x="*bf16", y="*bf16", width="i32", row_stride="i32"), {"BLOCK": 1024}, 4, 2
+    drawn = dict(
+        logits="*bf16",
+        temperature="*fp32",
+        peaks="*fp32",
+        sums="*fp64",
+        best=i32,
+        vocab="i32",
+        row_stride="i32",
+        pieces="i32",
+    )
+    yield "draw pieces", draw._pieces, drawn, {"BLOCK": draw.BLOCK}, 8, 2
+    for given in (False, True):
+        yield f"draw choose given={given}", draw._choose, drawn | dict(uniform="*fp64", tokens="*i64", logprobs="*fp32", bad=i32), {
+            "BLOCK": draw.BLOCK, "PIECES": 64, "GIVEN": given}, 8, 2  # fmt: skip
+    for dtype, heads, dim, width in (("*bf16", 4, 32, 128), ("*fp32", 16, 64, 1024)):
+        yield f"select short {dtype} {width}", select_short._select_short, dict(
+            q=dtype, cache=dtype, w="*fp32", table=i32, owner=i32, ends=i32, scores="*fp32", bad=i32, out=i32, counts=i32, k="i32",
+            table_stride="i32", page_stride="i32",
+        ), {"H": heads, "D": dim, "PAGE": width, "WIDTH": width, "K_BLOCK": 64, "BLOCK_N": 64, "BLOCK_H": 16, "UPCAST": False}, 4, 1  # fmt: skip
 
 
 def compile_kernel(kernel, types, constants, warps, stages, sm):

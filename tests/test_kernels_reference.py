@@ -366,3 +366,14 @@ def test_decode_is_the_reference_on_both_sides_of_the_switch(longest, group):
     torch.testing.assert_close(out[seen], want, rtol=0, atol=2e-6)
     torch.testing.assert_close(lse[seen], want_lse, rtol=0, atol=2e-6)
     assert (out[2] == 0).all() and (lse[2] == -torch.inf).all()
+
+
+def test_bench_rows_are_chosen_by_name_or_part():
+    from winnow.kernels.bench import choose
+
+    names = ("gqa", "mla", "layer-gqa", "topk")
+    assert choose(names, ()) == list(names)
+    assert choose(names, ("gqa",)) == ["gqa"], "a whole name means that row alone"
+    assert choose(names, ("layer", "top")) == ["layer-gqa", "topk"]
+    assert choose(names, ("la",)) == ["mla", "layer-gqa"]
+    assert choose(names, ("nothing",)) == []

@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 triton = pytest.importorskip("triton")
 
+from winnow.kernels import gpu_ops  # noqa: E402
 from winnow.kernels import reference as ref  # noqa: E402
 from winnow.kernels.gqa_decode import gqa_decode  # noqa: E402
 from winnow.kernels.indexer_kl import indexer_kl, kl_and_gradients  # noqa: E402
@@ -22,8 +23,11 @@ from winnow.kernels.segments import add_rows  # noqa: E402
 from winnow.kernels.selection import Selection  # noqa: E402
 from winnow.kernels.sparse_backward import sparse_attention, sparse_backward  # noqa: E402
 from winnow.kernels.sparse_prefill import plan_for, sparse_prefill  # noqa: E402
+from winnow.kernels.torch_attention import paged_context_attention  # noqa: E402
+from winnow.kernels.torch_indexer import packed_selection  # noqa: E402
 
 GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if GPU else []
 DEV = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32  # the interpreter computes in fp32 only
 REPEATS = 20 if GPU else 2
@@ -162,7 +166,8 @@ def test_packed_is_unpacked():
 
 def test_pieces_and_slices_change_nothing_but_memory():
     """Lists made in many small pieces hold the same entries; gradients added slice by slice agree to rounding."""
-    sets, cu = device(random_sets((40,), 8)), device(bounds((40,)))
+    length = 300 if GPU else 40  # several blocks of queries, which are larger on a GPU
+    sets, cu = device(random_sets((length,), 8)), device(bounds((length,)))
     blocks = query_blocks(cu, 8)
     whole = next(iter(key_lists(blocks, sets)))
     pieces = list(key_lists(blocks, sets, bitmap_bytes=64))
@@ -170,11 +175,11 @@ def test_pieces_and_slices_change_nothing_but_memory():
     assert torch.equal(torch.cat([p.keys for p in pieces]), whole.keys)
     assert torch.equal(torch.cat([p.bits for p in pieces]), whole.bits)
     for block in range(len(blocks)):
-        rows = range(8 * block, min(40, 8 * block + 8))
+        rows = range(8 * block, min(length, 8 * block + 8))
         union = sorted({i for r in rows for i in sets.indices[r].tolist() if i >= 0})
         listed = whole.keys[whole.ends[block] : whole.ends[block + 1]].tolist()
         assert [i for i in listed if i >= 0] == union
-    q, k, v, grad = (randn(40, 2, 16, seed=s).to(DEV, DTYPE) for s in range(4))
+    q, k, v, grad = (randn(length, 2, 16, seed=s).to(DEV, DTYPE) for s in range(4))
     out, lse = sparse_prefill(q, k, v, cu, sets, 0.3)
     one, many = (sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3, parts_bytes=n) for n in (1 << 30, 1 << 12))
     for name, a, b in zip("qkv", one, many, strict=True):
@@ -350,3 +355,56 @@ def test_fp32_on_a_gpu(sparse):
     ours = (x.to(DEV, torch.float32) for x in index)
     got_kl = indexer_kl(*ours, narrow[0], narrow[1], got_lse, device(cu), device(sets), 0.1)[0]
     assert abs(float(got_kl) - float(want_kl)) <= 1e-5 * float(want_kl)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_paged_prefill_is_the_torch_one(sparse):
+    """Chunks at the end of paged contexts of other lengths, pages shuffled, one chunk empty, one a whole context."""
+    queries, contexts, page, k = (5, 0, 9, 7), (23, 4, 9, 30), 4, 6
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randperm(4 * 8, generator=generator).int().view(4, 8)
+    caches = [randn(32, page, 2, 16, seed=s).to(DEV, DTYPE) for s in (1, 2)]
+    q = randn(sum(queries), 6, 16, seed=3).to(DEV, DTYPE)
+    parts = [random_sets((n,), k, seed=n) for n in contexts]
+    last = [n - m for n, m in zip(contexts, queries, strict=True)]
+    sets = Selection(
+        *(torch.cat([getattr(p, x)[a:] for p, a in zip(parts, last, strict=True)]) for x in ("indices", "counts"))
+    )
+    given = (
+        device(bounds(queries)),
+        device(table),
+        device(torch.tensor(contexts).int()),
+        device(sets) if sparse else None,
+        0.3,
+    )
+    got, want = gpu_ops.sparse_prefill(q, *caches, *given), paged_context_attention(q, *caches, *given)
+    close("out", got[0], want[0])
+    assert torch.equal(got[1].isinf(), want[1].isinf())
+    close("lse", got[1].nan_to_num(neginf=0), want[1].nan_to_num(neginf=0))
+
+
+def test_absorbed_prefill_reads_the_slots_of_its_pages():
+    queries, contexts, page, k = (3, 4), (9, 13), 4, 5
+    table = torch.tensor([[7, 2, 5, 0], [1, 6, 3, 4]], dtype=torch.int32)
+    cache, q = (randn(*shape, seed=s).to(DEV, DTYPE) for s, shape in enumerate(((8, page, 576), (7, 2, 576))))
+    parts = [random_sets((n,), k, seed=n, empty=False) for n in contexts]
+    sets = Selection(*(torch.cat([getattr(parts[0], x)[6:], getattr(parts[1], x)[9:]]) for x in ("indices", "counts")))
+    where = (device(bounds(queries)), device(torch.tensor(contexts).int()))
+    got = gpu_ops.mla_prefill(q, cache, device(table), *where, device(sets), 0.05)[0]
+    shared = cache[:, :, None]
+    want = paged_context_attention(q, shared, shared, where[0], device(table), where[1], device(sets), 0.05)[0]
+    close("out", got, want[..., :512])
+
+
+@pytest.mark.parametrize("lengths", [(40, 7, 0, 25), (1,)])
+def test_selection_of_packed_queries_is_the_torch_one(lengths):
+    tokens, k = sum(lengths), 8
+    q, keys, w = (
+        randn(*shape, seed=s).to(DEV, DTYPE) for s, shape in enumerate(((tokens, 3, 16), (tokens, 16), (tokens, 3)))
+    )
+    positions = device(torch.cat([torch.arange(n) for n in lengths]))
+    got = gpu_ops.select_packed(q, keys, w.float(), device(bounds(lengths)), positions, k)
+    want = packed_selection(q, keys, w.float(), device(bounds(lengths)), positions, k, "indexer")
+    assert torch.equal(got.counts, want.counts)
+    same = (got.indices == want.indices).all(1)
+    assert same.all() if not GPU else same.float().mean() > 0.9  # sums in another order may part near-ties

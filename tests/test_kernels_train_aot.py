@@ -40,7 +40,9 @@ def attention_kernels(sm):
         shape = dict(
             HKV=8, GROUP=group, PACK=4 if group > 1 else 1, D=dim, BLOCK_D=256 if dim == 192 else dim, BLOCK_Q=plan[0], DENSE=dense, UPCAST=False
         )  # fmt: skip
-        lists = dict(offsets=I32, first=I32, rows=I32, origin=I32, begin="i32", blocks="i32", keys=I32, bits=I32)
+        lists = dict(
+            offsets=I32, first=I32, rows=I32, origin=I32, shift=I32, begin="i32", blocks="i32", keys=I32, bits=I32
+        )
         tensors = dict(q=BF16, k=BF16, v=BF16, out=BF16, lse=FP32)
         name = f"D {dim} group {group} dense {dense}"
         yield (

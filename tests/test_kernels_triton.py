@@ -16,6 +16,7 @@ from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace  # noqa: 
 from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill  # noqa: E402
 from winnow.kernels.invariant import linear, rms_norm, softmax  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
+from winnow.kernels.packing import known  # noqa: E402
 from winnow.kernels.quant import quantise_query, write_index_keys, write_mla  # noqa: E402
 from winnow.kernels.selection import Selection  # noqa: E402
 from winnow.kernels.topk import topk  # noqa: E402
@@ -414,9 +415,12 @@ def test_graph_replays_selection_and_attention():
     assert torch.equal(indices, select_decode(iq, cache, w, table, lens, k, 5000)[0])
 
 
+@pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("heads,dim,page", [(4, 32, 16)] + ([(5, 64, 61)] if GPU else []))
-def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page):
+def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page, short, monkeypatch):
     """Decode, chunked prefill and packed sequences through gpu_ops: the sets of torch_indexer, and of one another."""
+    if not short:
+        monkeypatch.setattr("winnow.kernels.select_short.LONGEST", 0)
     lengths, queries, k = [70, 9, 33], [4, 9, 1], 16
     q, cache, w, table, _ = index_case(heads, dim, page, lengths, False)
     lens = ints(lengths)
@@ -426,6 +430,8 @@ def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page):
     bounds = ints([0, 4, 13, 14])
     many_q, many_w = randn(14, heads, dim, seed=11), randn(14, heads, seed=12, dtype=torch.float32)
     many_q[-1], many_w[-1] = q[2], w[2]  # the last query of sequence 2 is its decode query
+    many_w[2] = many_w[7] = 0.0  # every score is 0, or -0
+    many_w[1] = -many_w[1].abs()  # the best scores are the plateau of zeros
     positions = torch.cat([torch.arange(n - m, n) for n, m in zip(lengths, queries, strict=True)]).to(DEV)
     got_prefill = gpu_ops.select_prefill(many_q, cache, many_w, bounds, positions, table, lens, k)
     safe = table.clamp_min(0)
@@ -436,9 +442,12 @@ def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page):
     got = gpu_ops.select_packed(many_q, keys, many_w, bounds, fresh, 5)
     want = torch_indexer.packed_selection(many_q, keys, many_w, bounds, fresh, 5, "indexer")
     assert torch.equal(got.indices, want.indices) and torch.equal(got.counts, want.counts)
-    many_w[11] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        gpu_ops.select_packed(many_q, keys, many_w, bounds, fresh, 5)
+    for broken in (many_w, many_q):  # a GPU's max(NaN, 0) is 0 unless it is told otherwise
+        sound = broken[11].clone()
+        broken[11] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            gpu_ops.select_packed(many_q, keys, many_w, bounds, fresh, 5)
+        broken[11] = sound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if GPU else [torch.float32])
@@ -458,3 +467,36 @@ def test_public_decode_matches_torch(dtype):
         assert gpu_ops.takes_attention(q, k_cache, v_cache)
         same = ops.sparse_decode(q, k_cache, v_cache, table, ints(lengths), None, 0.125)
         assert torch.equal(same[0], got[0])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_public_prefill_at_the_end_of_paged_contexts(sparse):
+    """Chunks with and without an earlier context, a page of three sequences in one list; NaN in every page that nobody holds."""
+    lengths, queries, k = [70, 9, 33], [14, 9, 1], 16
+    table, pages = pages_for(lengths, 16)
+    k_cache, v_cache = randn(pages, 16, 2, 32, seed=1), randn(pages, 16, 2, 32, seed=2) / 10
+    positions = torch.cat([torch.arange(n - m, n) for n, m in zip(lengths, queries, strict=True)]).to(DEV)
+    cu, lens, q = ints([0, 14, 23, 24]), ints(lengths), randn(24, 4, 32, seed=3)
+    selection = None
+    if sparse:
+        rows = [
+            torch.randperm(int(t) + 1, generator=torch.Generator().manual_seed(int(t)))[:k].sort().values
+            for t in positions
+        ]
+        indices = torch.full((24, k), -1, dtype=torch.int32)
+        for row, chosen in enumerate(rows):
+            indices[row, : len(chosen)] = chosen.int()
+        selection = Selection(indices.to(DEV), (indices >= 0).sum(1).int().to(DEV))
+    want = torch_attention.paged_context_attention(
+        q.float(), k_cache.float(), v_cache.float(), cu, table.clamp_min(0), lens, selection, 0.2
+    )
+    held = torch.zeros(pages, dtype=torch.bool, device=DEV)
+    for b, n in enumerate(lengths):
+        held[table[b, : -(-n // 16)].long()] = True
+    k_cache[~held], v_cache[~held] = float("nan"), float("nan")
+    got = gpu_ops.sparse_prefill(q, k_cache, v_cache, cu, table, lens, selection, 0.2)
+    tolerance = {"atol": 1e-5} if torch.float32 == DTYPE else {"atol": 2e-3, "rtol": 3 / 128}
+    assert torch.allclose(got[0].float(), want[0], **tolerance) and torch.allclose(got[1], want[1].float(), atol=1e-4)
+    noted = [known(cu.clone(), cu.tolist()), known(lens.clone(), lens.tolist())]
+    again = gpu_ops.sparse_prefill(q, k_cache, v_cache, noted[0], table, noted[1], selection, 0.2)
+    assert torch.equal(again[0], got[0])

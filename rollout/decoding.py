@@ -1,0 +1,265 @@
+"""One decode step at a fixed shape: static inputs -> one forward -> tokens, captured as a CUDA graph for each shape that occurs.
+
+    host rows -> [one copy] -> static inputs -> forward, head, draw -> static outputs -> [one copy, one wait] -> host
+
+A shape is (rows, capacity): the next sizes of `BUCKETS` and of the capacities up to the context. Rows that fill up a batch are sequences of one
+token on the scratch page. Nothing inside a step looks at a value on the host: plans follow from the shape, and what would be raised
+there (a NaN score, logits that are not finite) is a flag that comes back with the tokens. Where nothing is captured (`capture` False) the
+same step runs as it is, which is how a machine without a GPU tests it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from winnow.kernels import ops
+from winnow.models.context import ForwardContext
+from winnow.models.forward import hidden_states, lm_head_weight
+from winnow.rollout.cache import PagedCache
+from winnow.rollout.records import NARROW_LIMIT
+from winnow.rollout.sampler import uniforms
+from winnow.rollout.scheduler import Slots
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows; beyond, multiples of 128
+LEAST = 2048  # the smallest capacity of a model without an indexer
+ALIGN = 256  # bytes: kernels are compiled for aligned addresses
+# One number a row of each goes to the device, in one copy, and comes back.
+INPUTS = {"ids": torch.int64, "positions": torch.int64, "slots": torch.int64, "rows": torch.int64, "columns": torch.int64,
+          "pages": torch.int32, "lengths": torch.int32, "temperature": torch.float32, "uniform": torch.float64}  # fmt: skip
+OUTPUTS = {"tokens": torch.int64, "logprobs": torch.float32, "flags": torch.int32}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """rows of the batch; positions that a sequence may have; whether tokens are drawn inside, and index sets recorded."""
+
+    rows: int
+    capacity: int
+    draws: bool
+    records: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step left: tokens int64 and logprobs fp32 [rows] when it drew them, else logits fp32 [rows, V] on the device; sets of the
+    recorded layers [layers, rows, k], filled once `Decoding.flush` has returned."""
+
+    tokens: np.ndarray | None
+    logprobs: np.ndarray | None
+    logits: Tensor | None
+    sets: np.ndarray | None
+
+
+class Block:
+    """Named arrays of one number a row in one piece of memory, on the device and (pinned) on the host."""
+
+    def __init__(self, fields: dict[str, torch.dtype], rows: int, device: torch.device) -> None:
+        sizes = [kind.itemsize * rows for kind in fields.values()]
+        starts = np.cumsum([0, *(-(-size // ALIGN) * ALIGN for size in sizes)])
+        self.device = torch.zeros(int(starts[-1]), dtype=torch.uint8, device=device)
+        self.host = (
+            torch.zeros(int(starts[-1]), dtype=torch.uint8, pin_memory=True) if device.type == "cuda" else self.device
+        )
+        self.on_device: dict[str, Tensor] = {}
+        self.on_host: dict[str, np.ndarray] = {}
+        for (name, kind), size, start in zip(fields.items(), sizes, starts.tolist(), strict=False):
+            self.on_device[name] = self.device[start : start + size].view(kind)
+            self.on_host[name] = self.host[start : start + size].view(kind).numpy()
+
+    def send(self) -> None:
+        if self.host is not self.device:
+            self.device.copy_(self.host, non_blocking=True)
+
+    def fetch(self) -> None:
+        """Starts the copy to the host; the caller waits."""
+        if self.host is not self.device:
+            self.host.copy_(self.device, non_blocking=True)
+
+
+class Decoding:
+    """The decode steps of one engine. `graphs` counts what was captured."""
+
+    def __init__(
+        self, model: Any, cache: PagedCache, *, max_batch: int, context: int, index_k: int, layers: tuple[int, ...], selector: str,
+        fused: bool, exact: bool, capture: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.cache, self.layers, self.selector = model, cache, layers, selector
+        self.fused, self.exact, self.capture = fused, exact, capture
+        self.index_k = index_k if selector != "dense" else 0
+        weight = lm_head_weight(model)
+        self.device, self.context = weight.device, context
+        self.buckets = [n for n in BUCKETS if n < max_batch]
+        self.buckets += [*range(self.buckets[-1] + 128, max_batch, 128)] if max_batch > BUCKETS[-1] else []
+        self.buckets.append(max_batch)
+        self.capacities = [min(context, self.index_k or LEAST)]
+        while self.capacities[-1] < context:
+            self.capacities.append(min(context, 2 * self.capacities[-1]))
+        # Block tables live on the device by batch slot, and only what changes is sent; the last row is that of padding.
+        pages = cache.pages_for(context)
+        self.table = torch.full((max_batch + 1, pages), cache.scratch_page, dtype=torch.int32, device=self.device)
+        self._seen = np.full(max_batch, -1, dtype=np.int64)  # `Slots.stamp` of what the table holds
+        self._inputs: dict[int, Block] = {}
+        self._outputs: dict[int, Block] = {}
+        self._steps: dict[Shape, tuple[Callable[[], None], dict[str, Tensor]]] = {}
+        self._pool: Any = None
+        self._pinned: dict[Shape, Tensor] = {}
+        self._copying: tuple[Any, Tensor, np.ndarray, Tensor] | None = (
+            None  # when done, from, to, what must live until then
+        )
+        self._side = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.graphs = 0
+
+    def run(self, state: Slots, slots: np.ndarray, draws: bool, records: bool) -> Stepped:
+        """One token for each batch slot of `slots`, whose sequences have their pages. ValueError: a score or logit is not finite."""
+        lengths = state.length[slots]
+        longest = int(lengths.max())
+        rows = self.buckets[bisect_left(self.buckets, len(slots))]
+        capacity = self.capacities[bisect_left(self.capacities, longest)]
+        shape = Shape(rows, capacity, draws, records and 0 < self.index_k < longest)
+        if rows not in self._inputs:
+            self._inputs[rows] = Block(INPUTS, rows, self.device)
+            self._outputs[rows] = Block(OUTPUTS, rows, self.device)
+        if shape not in self._steps:
+            self._steps[shape] = self._prepare(shape)
+        self._fill(self._inputs[rows].on_host, state, slots, lengths)
+        self._inputs[rows].send()
+        replay, static = self._steps[shape]
+        replay()
+        outputs = self._outputs[rows]
+        outputs.fetch()
+        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        if done is not None:
+            done.record()
+        sets = self._copy_sets(shape, static["sets"], len(slots)) if shape.records else None
+        if done is not None:
+            done.synchronize()
+        self._check(outputs.on_host["flags"])
+        if not draws:
+            return Stepped(None, None, static["logits"][: len(slots)], sets)
+        host = outputs.on_host
+        return Stepped(host["tokens"][: len(slots)].copy(), host["logprobs"][: len(slots)].copy(), None, sets)
+
+    def flush(self) -> None:
+        """Until it returns, the last step's recorded sets may still be on their way."""
+        if self._copying is None:
+            return
+        done, source, target, _ = self._copying
+        self._copying = None
+        if done is not None:
+            done.synchronize()
+        np.copyto(target, source.numpy().view(target.dtype)[:, : target.shape[1]])
+
+    def _fill(self, host: dict[str, np.ndarray], state: Slots, slots: np.ndarray, lengths: np.ndarray) -> None:
+        """The step's inputs, and the block tables of slots that have changed hands."""
+        size, scratch, count = self.cache.page_size, self.cache.scratch_page, len(slots)
+        changed = slots[self._seen[slots] != state.stamp[slots]]
+        if len(changed):
+            fresh = state.table[changed]
+            used = self.cache.pages_for(int(state.length[changed].max()))
+            self.table[torch.from_numpy(changed).to(self.device), :used] = torch.from_numpy(fresh[:, :used]).to(
+                self.device
+            )
+            self._seen[changed] = state.stamp[changed]
+        positions = lengths - 1
+        columns = positions // size
+        pages = state.table[slots, columns]
+        for name, values, padding in (
+            ("ids", state.last[slots], 0), ("positions", positions, 0), ("lengths", lengths, 1), ("rows", slots, len(self.table) - 1),
+            ("columns", columns, 0), ("pages", pages, scratch), ("slots", pages.astype(np.int64) * size + positions % size, scratch * size),
+            ("uniform", uniforms(state.stream[slots], lengths), 0.0), ("temperature", state.temperature[slots], 0.0),
+        ):  # fmt: skip
+            host[name][:count] = values
+            host[name][count:] = padding
+
+    def _prepare(self, shape: Shape) -> tuple[Callable[[], None], dict[str, Tensor]]:
+        """The step of this shape as a function, and its outputs that are too large to fetch each time."""
+        static: dict[str, Tensor] = {}
+        if not self.capture:
+            return lambda: self._step(shape, static), static
+        # Once as it is, on the inputs of padding: kernels are compiled and libraries make their plans, none of which a capture allows.
+        padding = self._inputs[shape.rows].on_host
+        self._fill(padding, Slots(1, 1), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        self._inputs[shape.rows].send()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(shape, static)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()  # nothing of that run is under way when its memory is given back
+        static.clear()
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._step(shape, static)
+        self.graphs += 1
+        return graph.replay, static
+
+    def _step(self, shape: Shape, static: dict[str, Tensor]) -> None:
+        x, y = self._inputs[shape.rows].on_device, self._outputs[shape.rows].on_device
+        self.table[x["rows"], x["columns"]] = x["pages"]
+        table = self.table[:, : self.cache.pages_for(shape.capacity)].index_select(0, x["rows"])
+        y["flags"].zero_()
+        sets: dict[int, Any] | None = {} if shape.records else None
+        context = ForwardContext(
+            mode="decode",
+            positions=x["positions"],
+            cu_seqlens=torch.arange(shape.rows + 1, dtype=torch.int32, device=self.device),
+            seq_lens=x["lengths"],
+            block_table=table,
+            slot_mapping=x["slots"],
+            cache=self.cache,
+            selector=self.selector,
+            selection_out=sets,
+            max_seq_len=shape.capacity,
+            fresh=False,
+            faults=y["flags"][:1],
+            fused=self.fused,
+            exact=self.exact,
+        )
+        hidden = hidden_states(self.model, x["ids"], context)
+        logits = ops.linear(hidden, lm_head_weight(self.model), None, self.exact)
+        if shape.draws:
+            faults = y["flags"][1:2] if shape.rows > 1 else y["flags"][:1]
+            ops.draw(logits, x["temperature"], x["uniform"], y["tokens"], y["logprobs"], faults)
+        else:
+            static["logits"] = logits
+        if sets is not None:
+            assert tuple(sorted(sets)) == self.layers, (
+                f"selections of layers {sorted(sets)} were recorded, want {self.layers}"
+            )
+            stacked = torch.stack([sets[layer].indices for layer in self.layers])
+            # 16 bits: -1 becomes the largest number, which is the padding value
+            narrow = self.context <= NARROW_LIMIT
+            static["sets"] = stacked.to(torch.int16) if narrow else stacked.masked_fill_(stacked < 0, 2**31 - 1)
+
+    def _copy_sets(self, shape: Shape, sets: Tensor, count: int) -> np.ndarray:
+        """Starts the copy of recorded sets; the array that `flush` fills. The copy of the step before is finished meanwhile."""
+        self.flush()
+        kind = np.uint16 if sets.dtype == torch.int16 else np.int32
+        target = np.empty((sets.shape[0], count, sets.shape[2]), dtype=kind)
+        if self._side is None:
+            self._copying = (None, sets, target, sets)
+            return target
+        if shape not in self._pinned:
+            self._pinned[shape] = torch.empty(sets.shape, dtype=sets.dtype, pin_memory=True)
+        staged = sets.clone()  # the next step overwrites `sets`, and must not wait for the slow way to the host
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._pinned[shape].copy_(staged, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self._copying = (done, self._pinned[shape], target, staged)
+        return target
+
+    def _check(self, flags: np.ndarray) -> None:
+        if flags[0]:
+            raise ValueError("a decode step has a score or logit that is NaN: the weights or the cache are not finite")
+        if len(flags) > 1 and flags[1]:
+            raise ValueError("the logits of a decode step are not finite: the weights or the cache are not finite")
