@@ -113,6 +113,12 @@ class Engine:
             inference.join(model)
         graphs = self.fused and config.cuda_graphs and config.selector in ("indexer", "dense")
         self.decoding = self.static_decoding(capture=True) if graphs else None
+        self.scheduler.settle_records = self._settle_records
+
+    def _settle_records(self) -> None:
+        """Waits for the last step's recorded sets, which a graph's step copies behind its own back."""
+        if self.decoding is not None:
+            self.decoding.flush()
 
     def static_decoding(self, capture: bool) -> Decoding:
         """Decode steps at fixed shapes; capture: as CUDA graphs."""
