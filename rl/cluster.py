@@ -434,6 +434,7 @@ def worker_spec(config: Config) -> Any:
     )
     return WorkerSpec(
         model=config.model.path,
+        kind=rollout.engine,
         dtype=config.model.dtype,
         engine=engine,
         threads=rollout.threads,

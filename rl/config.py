@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from winnow.rl.config_fields import ConfigError, check_keys, check_ranges, choice, number
+from winnow.rollout.vllm_plugin import VllmError, check_version, installed_version
 
 Section = TypeVar("Section")
 PIPELINE_KEYS = (
@@ -29,7 +30,6 @@ PIPELINE_KEYS = (
     "stages",
     "floors",
 )  # no keys of one run's config
-RECORDING_ENGINES = ("native",)  # engines that return index records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,18 +293,15 @@ def check(config: Config) -> Config:
             f"domains {pulled} have beta > 0, which pulls towards a reference, but model.reference is empty: set model.reference to a "
             "model folder or to 'initial' for the model the run starts from, or set beta to 0"
         )
-    if config.indexer.selection == "replay":
-        if config.rollout.engine not in RECORDING_ENGINES:
-            raise ConfigError(
-                f"indexer.selection is replay, but rollout.engine {config.rollout.engine!r} does not record its index sets: "
-                f"set rollout.engine to one of {RECORDING_ENGINES} or indexer.selection to own"
-            )
-        if not config.rollout.record_indices:
-            raise ConfigError(
-                "indexer.selection is replay, but rollout.record_indices is false: set it to true, or selection to own"
-            )
-    if config.rollout.engine != "native":  # TODO: goes when the vLLM engine is in rollout/
-        raise ConfigError("rollout.engine vllm is not part of this version: set rollout.engine to native")
+    if config.indexer.selection == "replay" and not config.rollout.record_indices:
+        raise ConfigError(
+            "indexer.selection is replay, but rollout.record_indices is false: set it to true, or selection to own"
+        )
+    if config.rollout.engine == "vllm":
+        try:
+            check_version(installed_version())
+        except VllmError as error:
+            raise ConfigError(str(error)) from error
     if config.indexer.train == "kl" and config.indexer.selector != "indexer":
         raise ConfigError(
             f"indexer.train is kl, but indexer.selector {config.indexer.selector!r} does not use the indexer: set train to frozen"

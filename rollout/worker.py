@@ -53,6 +53,7 @@ class WorkerSpec:
     """What a worker is built from. model: a folder or a model spec of `models.load`; environments: picklable, name -> Environment."""
 
     model: str
+    kind: str = "native"  # or "vllm": whose engine
     dtype: str = "float32"
     engine: EngineConfig = field(default_factory=EngineConfig)
     threads: int = 1
@@ -64,9 +65,16 @@ def build_runner(spec: WorkerSpec) -> EpisodeRunner:
     """Loads the model and tokenizer and puts an engine around them."""
     from winnow.models.load import load, load_tokenizer
 
-    model, tokenizer = load(spec.model, spec.dtype, spec.device), load_tokenizer(spec.model)
+    tokenizer = load_tokenizer(spec.model)
     template = ChatTemplate(tokenizer)
-    return EpisodeRunner(Engine(model, tokenizer, spec.engine, template.end_ids), template, spec.environments)
+    engine: Engine
+    if spec.kind == "vllm":
+        from winnow.rollout.vllm_engine import VllmEngine
+
+        engine = VllmEngine(spec.model, tokenizer, spec.engine, template.end_ids, spec.dtype, spec.device)
+    else:
+        engine = Engine(load(spec.model, spec.dtype, spec.device), tokenizer, spec.engine, template.end_ids)
+    return EpisodeRunner(engine, template, spec.environments)
 
 
 def load_update(engine: Engine, update: WeightUpdate) -> int:

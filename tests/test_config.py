@@ -39,7 +39,7 @@ MISTAKES = {
     "algorithm.aggregate=mean": "one of sequence, token",
     "algorithm.correction=tis": "set algorithm.recompute_old to true",
     "indexer.train=yes": "indexer.train is True, but it must be one of frozen, kl",
-    "rollout.engine=vllm": "set rollout.engine to native",
+    "rollout.engine=vlm": "did you mean vllm?",
     "domains.0.quota=0": "domains.0.quota is 0, but it must be >= 1",
     "domains.math.quota=300": "quota is 300, but the domain has count = 256",
     "domains.maths.quota=3": "no domain is called 'maths'; the config has ['math', 'agent']",
@@ -66,7 +66,6 @@ def test_every_mistake_is_explained(override: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["indexer.selection=replay", "rollout.engine=vllm"], "does not record its index sets"),
         (["indexer.selection=replay", "rollout.record_indices=false"], "rollout.record_indices is false"),
         (["schedule.kind=async", "algorithm.recompute_old=true"], "nothing corrects for samples"),
         (["domains.math.beta=0.1", "model.reference=null"], "domains ['math'] have beta > 0"),
