@@ -204,8 +204,11 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "--suite",
         nargs="+",
         metavar="PART",
-        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them",
+        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
+        "greedy, records: of a model folder",
     )
+    bench.add_argument("--text", help="rollout --suite greedy, records: a text to read")
+    bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")
