@@ -74,7 +74,7 @@ def sparse_decode(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: dict[Any, Any] | None = None) -> Tensor:
-    """As ops.linear with exact: products that are cut along the inner dimension count arrivals in one array for the whole pass."""
+    """As ops.linear with exact: products that are cut along the inner dimension count arrivals in one array a pass and stream."""
     from winnow.kernels.invariant import linear as multiply
     from winnow.kernels.invariant import linear_arrivals, linear_plan
 
@@ -83,10 +83,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: dict[Any, An
     pieces = linear_plan(len(weight), x.shape[1], x.element_size())[1]
     if scratch is not None and pieces > 1 and len(x):
         wanted = linear_arrivals(len(weight), len(x))
-        if len(scratch.get("arrivals", ())) < wanted:
-            scratch["arrivals"] = torch.zeros(max(4096, wanted), dtype=torch.int32, device=x.device)
+        key = ("linear", torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+        if len(scratch.get(key, ())) < wanted:
+            scratch[key] = torch.zeros(max(4096, wanted), dtype=torch.int32, device=x.device)
         parts = torch.empty(pieces * len(x) * len(weight), dtype=torch.float32, device=x.device)
-        work = (parts, scratch["arrivals"])
+        work = (parts, scratch[key])
     return multiply(x, weight, bias, work, precision=precision)
 
 

@@ -74,12 +74,14 @@ def run_suite(
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Ours over vLLM's tokens/s for rows of the same name, and shared over own indexers."""
+    """Ours over vLLM's tokens/s for rows of the same name, shared over own indexers, exact over fast."""
     rate = {(row.get("engine"), row["row"]): row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
     result = {}
     for (engine, name), value in rate.items():
         if engine in ("sparse", "dense") and ("vllm", name) in rate:
             result[f"{engine} / vllm, {name}"] = round(value / rate["vllm", name], 2)
+        if engine == "exact" and ("sparse", name) in rate:
+            result[f"exact / fast, {name}"] = round(value / rate["sparse", name], 2)
         if engine == "shared" and ("sparse", name) in rate:
             result[f"shared / own indexers, {name}"] = round(value / rate["sparse", name], 2)
     return result

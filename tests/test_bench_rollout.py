@@ -52,11 +52,12 @@ def test_the_suite_measures_what_its_rows_say(capsys):
 def test_ratios_divide_rows_of_one_name():
     rows = [
         {"engine": e, "row": "decode 2x8", "tokens_per_s": r}
-        for e, r in (("sparse", 9.0), ("vllm", 3.0), ("shared", 18.0))
+        for e, r in (("sparse", 9.0), ("vllm", 3.0), ("shared", 18.0), ("exact", 8.1))
     ]
     assert ratios([*rows, {"engine": "vllm", "row": "x", "failed": "?"}]) == {
         "sparse / vllm, decode 2x8": 3.0,
         "shared / own indexers, decode 2x8": 2.0,
+        "exact / fast, decode 2x8": 0.9,
     }
 
 
