@@ -196,12 +196,40 @@ def select_prefill(
     q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int
 ) -> Selection:  # fmt: skip
     """As ops.select_prefill with the indexer."""
-    return select_rows(q, cache, w, on_host(cu_seqlens), block_table, on_host(seq_lens), positions, top_k)
+    from winnow.kernels.select_short import LONGEST
+
+    bounds, contexts = on_host(cu_seqlens), on_host(seq_lens)
+    if max(contexts, default=0) <= LONGEST and cache.dtype == q.dtype:
+        return select_short(q, cache, w, cu_seqlens, block_table, positions, top_k)
+    return select_rows(q, cache, w, bounds, block_table, contexts, positions, top_k)
+
+
+def select_short(
+    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int
+) -> Selection:
+    """As `select_rows`, for any number of short contexts at the price of one."""
+    from winnow.kernels.select_short import select_short as kernel
+
+    owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(q)).to(torch.int32)
+    indices, counts, bad = kernel(q, cache, w.float(), tables, owner, positions.to(torch.int32) + 1, top_k)
+    if int(bad):
+        raise ValueError("top-k: a score is NaN; the indexer's inputs or weights are not finite")
+    return Selection(indices, counts)
 
 
 def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int) -> Selection:
     """As ops.select_packed with the indexer: keys k [T, D_I] packed like the queries, every sequence a page of its own."""
+    from winnow.kernels.select_short import LONGEST
+
     bounds, dim = on_host(cu_seqlens), k.shape[1]
+    longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+    if longest <= LONGEST and k.dtype == q.dtype:
+        width = 1 << (max(longest, 64) - 1).bit_length()
+        pages = k.new_zeros(len(bounds) - 1, width, dim)
+        owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(k))
+        pages[owner, positions] = k
+        tables = torch.arange(len(pages), dtype=torch.int32, device=k.device)[:, None]
+        return select_short(q, pages, w, cu_seqlens, tables, positions, top_k)
     selection = window_selection(positions, top_k)
     table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
     for a, b in itertools.pairwise(bounds):

@@ -110,7 +110,8 @@ def make_batch(
 ) -> TrainBatch:
     """Packs samples into `updates` updates of micro-batches of at most `micro_tokens` inputs (a longer sequence goes alone).
 
-    With more `ranks` the micro-batches are smaller where a rank would otherwise have none.
+    With more `ranks` the micro-batches are smaller where a rank would otherwise have none. A micro-batch is of one domain, so that the
+    gradient of each can be told.
 
     The samples of one group stay in one update. `keep_idle` keeps sequences with zero advantage and zero beta, which only an
     indexer in training learns from. `kept_sets` False scores on the whole vocabulary. Raises ValueError for greedy samples and for
@@ -126,8 +127,13 @@ def make_batch(
         sequences = [sample_sequence(sample, kept_sets=kept_sets) for sample in part]
         counts = Denominators(sequences=len(sequences), tokens=sum(len(s.targets) for s in sequences))
         active = [s for s in sequences if keep_idle or s.advantage != 0 or s.beta != 0]
-        made.append(Update(micro_batches=pack(active, micro_tokens, ranks), denominators=counts))
+        micro = [m for name in sorted({s.domain for s in active}) for m in pack(_of(active, name), micro_tokens, ranks)]
+        made.append(Update(micro_batches=tuple(micro), denominators=counts))
     return TrainBatch(step=step, updates=tuple(made))
+
+
+def _of(sequences: Iterable[PackItem], domain: str) -> list[PackItem]:
+    return [sequence for sequence in sequences if sequence.domain == domain]
 
 
 def make_sft_batch(

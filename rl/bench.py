@@ -18,7 +18,7 @@ PROMPTS, SAMPLES = 8, 4
 def measure(
     what: str, model: str | None, threads: int, seconds: float, only: Sequence[str] = (), timed: bool = True
 ) -> dict[str, Any]:
-    """The figures of "kernels" (its rows named by `only`), "rewards", "rollout" or "step". Without a model folder, a small random model stands in."""
+    """The figures of "kernels" (its rows named by `only`), "rewards" or "rollout". Without a model folder, a small random model stands in."""
     import torch
 
     torch.set_num_threads(threads)
@@ -40,7 +40,7 @@ def measure(
         return result | {"figures": bench_rewards(seconds)}
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as scratch:
         path = model or str(random_model(Path(scratch) / "model"))
-        figures = bench_rollout(path, seconds) if what == "rollout" else bench_step(path, threads, seconds)
+        figures = bench_rollout(path, seconds)
     return result | {"model": model or "random, 2 layers, hidden 128, top_k 32", **figures}
 
 
@@ -85,35 +85,6 @@ def bench_rollout(path: str, seconds: float) -> dict[str, Any]:
         return sum(len(sequence.tokens) - PROMPT for group in groups for sequence in group)
 
     return {"timed": f"{PROMPTS} prompts of {PROMPT} tokens, {SAMPLES} samples of <= {NEW}", **repeat(once, seconds)}
-
-
-def bench_step(path: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Trained tokens per second of the learner: forward, backward and AdamW over a packed batch."""
-    from winnow.rl.config import make_config
-    from winnow.rl.learner import Learner
-
-    config = make_config(
-        {
-            "model": {"path": path},
-            "domains": [{"name": "bench", "source": "bench"}],
-            "learner": {"threads": threads, "lr": 1e-6},
-        }
-    )
-    learner = Learner(config)
-    learner.load()
-    rng = np.random.default_rng(0)
-    vocab = int(learner.model.config.vocab_size)
-    mask = np.arange(PROMPT + NEW) >= PROMPT
-
-    def once() -> int:
-        examples = [(rng.integers(0, vocab, PROMPT + NEW).astype(np.int32), mask) for _ in range(PROMPTS * SAMPLES)]
-        learner.sft_step(examples)
-        return len(examples) * (PROMPT + NEW)
-
-    return {
-        "timed": f"{PROMPTS * SAMPLES} packed sequences of {PROMPT + NEW} tokens, cross-entropy",
-        **repeat(once, seconds),
-    }
 
 
 def repeat(once: Callable[[], int], seconds: float) -> dict[str, Any]:

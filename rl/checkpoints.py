@@ -29,13 +29,57 @@ class Checkpoint:
     meta: Mapping[str, Any]  # what the driver stored with it
 
 
+class CheckpointError(OSError):
+    """A checkpoint that could not be written. The ones before it are whole."""
+
+
 def save_checkpoint(
     root: Path, step: int, fill: Callable[[Path], object], *, keep: int, meta: Mapping[str, Any] | None = None
 ) -> Path:
-    """Calls `fill(folder)` to write files, then makes `root/step-NNNNNN` of them in one rename; keeps the newest `keep`.
+    """Calls `fill(folder)` to write files, then makes `root/step-NNNNNN` of them in one rename; keeps the newest `keep`, and the one
+    with the highest meta["held_out"] beside them.
 
-    An existing folder of the same step is replaced. When anything fails, no folder of that name appears and the old ones stay.
+    An existing folder of the same step is replaced. When anything fails, no folder of that name appears and the old ones stay; what
+    the disk or the file system refused is a CheckpointError.
     """
+    try:
+        target = _write(root, step, fill, dict(meta or {}))
+    except (OSError, RuntimeError) as error:  # torch's own writer raises a plain RuntimeError where the disk is full
+        shutil.rmtree(root / f".tmp-step-{step:06d}", ignore_errors=True)
+        if not isinstance(error, OSError) and type(error) is not RuntimeError:
+            raise  # not the disk's: a learner that died, say
+        last, free = latest_checkpoint(root), shutil.disk_usage(_existing(root)).free
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {root} ({error}; {free / 2**30:.2f} GiB free there): free some space, "
+            "or lower schedule.keep; "
+            + (f"{last.name} is whole, resume=true goes on from it" if last else "no earlier one exists")
+        ) from error
+    best = best_checkpoint(root)
+    for old in list_checkpoints(root)[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+    return target
+
+
+def best_checkpoint(root: Path) -> Path | None:
+    """The checkpoint with the highest meta["held_out"], the later one of equals; None where none has been evaluated."""
+    scored = []
+    for path in list_checkpoints(root):
+        try:
+            value = json.loads((path / MANIFEST).read_text())["meta"].get("held_out")
+        except (json.JSONDecodeError, KeyError, AttributeError):
+            continue  # damaged: `read_checkpoint` will say so
+        if value is not None:
+            scored.append((float(value), _step(path), path))
+    return max(scored)[2] if scored else None
+
+
+def read_meta(path: Path) -> Mapping[str, Any]:
+    """What the driver stored with a checkpoint, its files unread."""
+    return dict(json.loads((Path(path) / MANIFEST).read_text())["meta"])
+
+
+def _write(root: Path, step: int, fill: Callable[[Path], object], meta: dict[str, Any]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(".*tmp-*"):
         shutil.rmtree(stale)
@@ -43,7 +87,7 @@ def save_checkpoint(
     temporary.mkdir()
     fill(temporary)
     files = {name: _fingerprint(temporary / name) for name in _file_names(temporary)}
-    manifest = {"step": step, "meta": dict(meta or {}), "files": files}
+    manifest = {"step": step, "meta": meta, "files": files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for name in (*files, MANIFEST):
         _sync(temporary / name)
@@ -52,9 +96,12 @@ def save_checkpoint(
         shutil.rmtree(target)
     os.replace(temporary, target)
     _sync(root)
-    for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
     return target
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return path if path.exists() else _existing(path.parent)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -69,6 +116,12 @@ def latest_checkpoint(root: Path) -> Path | None:
     """The newest finished checkpoint folder, or None."""
     found = list_checkpoints(root)
     return found[-1] if found else None
+
+
+def read_latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint, verified; None where there is none."""
+    newest = latest_checkpoint(root)
+    return read_checkpoint(newest) if newest else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -93,6 +93,9 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         metavar="S",
         help="--table: leave out what would take longer; the same command goes on",
     )
+    convert.add_argument(
+        "--recipe-only", action="store_true", help="--table: the dense control and the recipe at each k, nothing else"
+    )
     for name, shipped, text in (
         ("train", "coding, smollm2, train", "one RL run: a specialist or the mixed stage"),
         (
@@ -108,6 +111,12 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument(
             "--dry-run", action="store_true", help="print the resolved config, placement and memory; start nothing"
         )
+        if name == "pipeline":
+            verb.add_argument(
+                "--mixing",
+                action="store_true",
+                help="instead: one mixed run against a run for each domain, at equal compute",
+            )
         verb.add_argument(
             "--resume",
             action="store_true",
@@ -145,6 +154,13 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
         verb.add_argument("--max-tokens", type=positive, default=tokens, help=f"new tokens a turn ({tokens})")
         verb.add_argument("--seed", type=int, default=0)
+        verb.add_argument(
+            "--template-option",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="of the model's chat template, e.g. enable_thinking=false; may be repeated",
+        )
         verb.add_argument("--batch", type=positive, help="sequences that decode together (64, on a GPU 512)")
         verb.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
         verb.add_argument("--device", default="auto", help="cpu, cuda, ... (a GPU where there is one)")
@@ -160,7 +176,7 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
 
 
 def add_tools(verbs: argparse._SubParsersAction) -> None:
-    """submit, bench, report."""
+    """submit, bench, export, report."""
     submit = verbs.add_parser("submit", help="run any of these as a Ray job: ships the code, follows the log")
     submit.add_argument("--address", help="the cluster's dashboard, e.g. http://head:8265 (RAY_API_SERVER_ADDRESS)")
     submit.add_argument(
@@ -177,7 +193,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
-    bench.add_argument("what", choices=("kernels", "rollout", "step", "rewards", "cost", "warmup", "memory"))
+    bench.add_argument("what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory"))
     bench.add_argument(
         "--model",
         help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
@@ -209,9 +225,30 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     )
     bench.add_argument("--text", help="rollout --suite greedy, records: a text to read")
     bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
+    bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
+    bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
+    bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
+    bench.add_argument("--steps", type=positive, default=10, help="step: steps to run (10)")
+    bench.add_argument(
+        "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
+    )
+    export = verbs.add_parser("export", help="a checkpoint of a run as a plain model folder")
+    export.add_argument("run", help="a run folder, or one checkpoint in it")
+    export.add_argument("out", help="the folder to write")
+    export.add_argument("--step", type=count, help="which checkpoint (the newest)")
+    export.add_argument("--best", action="store_true", help="the one with the best held-out reward")
+    export.add_argument(
+        "--dense", action="store_true", help="without the indexers: the dense model, for programs that know no DSA"
+    )
+    export.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model's weights (float32)"
+    )
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")
+    report.add_argument(
+        "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
+    )
 
 
 def positive(text: str) -> int:

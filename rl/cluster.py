@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,18 @@ from typing import Any, Protocol
 
 from winnow.rl.checkpoints import Checkpoint
 from winnow.rl.config import Config, ConfigError
+from winnow.rl.metrics import engine_metrics
 from winnow.rl.run import code_version
+from winnow.rl.watch import watch_learner
 from winnow.rollout.schema import Group, Request
 
+HERE = "here"
 CLOSE_TIMEOUT_S = 30.0
 DEATH_GRACE_S = 10.0  # after one rank's failure, for the death of another to show
+
+
+class LearnerDied(RuntimeError):
+    """A process of the learner is gone, and with it every step since the last checkpoint."""
 
 
 class LearnerLike(Protocol):
@@ -41,8 +49,23 @@ class LearnerLike(Protocol):
 class Cluster:
     """A learner and a pool. Use as a context manager, or call `close`."""
 
-    def __init__(self, learner: LearnerLike, pool: Any, on_close: Callable[[], None] | None = None) -> None:
-        self.learner, self.pool, self._on_close = learner, pool, on_close
+    def __init__(
+        self,
+        learner: LearnerLike,
+        pool: Any,
+        on_close: Callable[[], None] | None = None,
+        on_revive: Callable[[], LearnerLike] | None = None,
+        watching: threading.Event | None = None,
+    ) -> None:
+        self.learner, self.pool, self._on_close, self._on_revive = learner, pool, on_close, on_revive
+        self._watching = watching
+        self._stats: dict[int, dict[str, int]] = {}
+
+    def revive(self) -> None:
+        """A new learner in the place of one that died: `start` loads what it holds. The pool stays as it is."""
+        if self._on_revive is None:
+            raise RuntimeError("this cluster's learner runs in the driver's own process and cannot be started again")
+        self.learner = self._on_revive()
 
     def start(self, config: Config, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
         """Loads model and optimizer for this config (or the checkpoint) and gives the pool the same weights."""
@@ -56,9 +79,21 @@ class Cluster:
         order = {request.request_id: number for number, request in enumerate(requests)}
         return sorted(self.pool.generate(requests), key=lambda group: order[group.request.request_id])
 
+    def engine_metrics(self) -> dict[str, float]:
+        """What the engines did since the last call."""
+        before, self._stats = self._stats, self.pool.stats()
+        return engine_metrics(before, self._stats)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the learner's processes are there, as far as Ray knows."""
+        return bool(getattr(self.learner, "alive", True))
+
     def close(self) -> None:
         """Ends every process this cluster started. Safe to call twice."""
         on_close, self._on_close = self._on_close, None
+        if self._watching is not None:
+            self._watching.set()
         if on_close is not None:
             self.pool.shutdown()
             on_close()
@@ -102,6 +137,18 @@ class RemoteLearner:
 
     def save(self, folder: str | Path, state: bool = True) -> None:
         self._get("save", str(Path(folder).resolve()), state)
+
+    @property
+    def alive(self) -> bool:
+        import ray
+
+        try:
+            ray.get([actor.address.remote() for actor in self.actors], timeout=DEATH_GRACE_S)
+        except ray.exceptions.RayActorError:
+            return False
+        except ray.exceptions.GetTimeoutError:
+            return True  # busy
+        return True
 
     def join(self) -> None:
         """Brings the ranks together in one process group, at an address of the first one's machine."""
@@ -152,7 +199,7 @@ class RemoteLearner:
                 if ray.wait([reference], timeout=0, fetch_local=False)[0] and not (method == "weights" and rank == 0):
                     ray.get(reference)
             except ray.exceptions.RayActorError as dead:
-                return RuntimeError(
+                return LearnerDied(
                     f"the learner's {name} died during {method}: {dead}; resume=true goes on from the last checkpoint"
                 )
             except ray.exceptions.RayError:
@@ -190,7 +237,16 @@ def make_actor_class() -> type:
 
 @contextmanager
 def connect(config: Config) -> Iterator[Cluster]:
-    """Starts or joins Ray, places the learner and the workers, and takes everything down again, also after a failure or Ctrl-C."""
+    """Starts or joins Ray, places the learner and the workers, and takes everything down again, also after a failure or Ctrl-C.
+
+    With cluster.address here there is no Ray and no other process (here.py).
+    """
+    if config.cluster.address == HERE:
+        from winnow.rl.here import here
+
+        with here(config) as cluster:
+            yield cluster
+        return
     with ray_session(config), placed(config) as groups:
         cluster = build(config, *groups)
         try:
@@ -200,8 +256,11 @@ def connect(config: Config) -> Iterator[Cluster]:
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
-    """Ray for this process: started here, joined at cluster.address or RAY_ADDRESS, or the one already there, which is left running."""
+def ray_session(config: Config, copies: int = 1) -> Iterator[None]:
+    """Ray for this process: started here, joined at cluster.address or RAY_ADDRESS, or the one already there, which is left running.
+
+    One that is started here has logical CPUs for `copies` clusters of the config.
+    """
     # Otherwise ray.init() writes a token file into the home folder, and later `ray job submit` wants it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, else it warns at every start
@@ -215,7 +274,7 @@ def ray_session(config: Config) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "winnow", "log_to_driver": False}
     if address is None:
         # Logical CPUs: a laptop with fewer cores than threads asked for runs too, only slower.
-        cpus = max(os.cpu_count() or 1, sum(bundle["CPU"] for bundle in bundles(config)))
+        cpus = max(os.cpu_count() or 1, copies * sum(bundle["CPU"] for bundle in bundles(config)))
         options |= {"include_dashboard": False, "num_cpus": cpus, "address": "local"}
     else:
         options["address"] = address
@@ -265,6 +324,14 @@ def bundles(config: Config) -> list[dict[str, float]]:
     ]
 
 
+def has_room(config: Config) -> bool:
+    """Whether the cluster has enough free at this moment for one more learner and pool of this config."""
+    import ray
+
+    free, wanted = ray.available_resources(), bundles(config)
+    return all(free.get(name, 0.0) >= sum(bundle.get(name, 0.0) for bundle in wanted) for name in ("CPU", "GPU"))
+
+
 @contextmanager
 def placed(config: Config) -> Iterator[tuple[Any, Any]]:
     """Placement groups of the learner and of the workers, reserved.
@@ -294,31 +361,49 @@ def build(config: Config, learner_group: Any, worker_group: Any) -> Cluster:
     """The learner's actors and the pool, each in its placement group."""
     import ray
 
-    threads, gpus = config.learner.threads, config.cluster.learner_gpus
-    actor_class: Any = ray.remote(make_actor_class())
-    actors = [
-        actor_class.options(
-            num_cpus=threads,
-            num_gpus=gpus,
-            scheduling_strategy=_inside(learner_group, rank),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},  # Ray sets it to 1 otherwise
-        ).remote(config, code_version(), rank)
-        for rank in range(config.learner.ranks)
-    ]
+    actors: list[Any] = []
 
     def close() -> None:
         for actor in actors:
             with contextlib.suppress(Exception):  # the process may be gone already
                 ray.kill(actor)
+        actors.clear()
 
-    learner = RemoteLearner(actors, config.cluster.step_timeout_s)
+    def start() -> RemoteLearner:
+        close()
+        actors.extend(_learner_actors(config, learner_group))
+        learner = RemoteLearner(list(actors), config.cluster.step_timeout_s)
+        learner.join()
+        return learner
+
     try:
+        actors.extend(_learner_actors(config, learner_group))  # they start while the workers do
         pool = make_pool(config, [_inside(worker_group, number) for number in range(config.rollout.workers)])
+        learner = RemoteLearner(list(actors), config.cluster.step_timeout_s)
         learner.join()
     except BaseException:
         close()
         raise
-    return Cluster(learner, pool, close)
+    # A learner that may be started again leaves the pool as it is.
+    watching = None if config.learner.restarts else watch_learner(actors, pool.shutdown)
+    return Cluster(learner, pool, close, start, watching)
+
+
+def _learner_actors(config: Config, group: Any) -> list[Any]:
+    """One actor a rank, in the placement group."""
+    import ray
+
+    threads, gpus = config.learner.threads, config.cluster.learner_gpus
+    actor_class: Any = ray.remote(make_actor_class())
+    return [
+        actor_class.options(
+            num_cpus=threads,
+            num_gpus=gpus,
+            scheduling_strategy=_inside(group, rank),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},  # Ray sets it to 1 otherwise
+        ).remote(config, code_version(), rank)
+        for rank in range(config.learner.ranks)
+    ]
 
 
 def _inside(group: Any, bundle: int = 0) -> Any:
@@ -343,6 +428,9 @@ def worker_spec(config: Config) -> Any:
         keep_kept_sets=config.algorithm.keep_kept_sets,
         selector=config.indexer.selector,
         cuda_graphs=rollout.cuda_graphs,
+        reuse_prefixes=rollout.reuse_prefixes,
+        on_update=rollout.on_update,
+        drain_timeout_s=rollout.drain_timeout_s,
     )
     return WorkerSpec(
         model=config.model.path,
@@ -358,8 +446,11 @@ def make_pool(config: Config, places: Sequence[Any]) -> Any:
     """The rollout pool, an actor for each scheduling strategy of `places`. Returns once all of them are up."""
     from winnow.rollout.pool import Pool, PoolLimits
 
+    drain_s = config.rollout.drain_timeout_s if config.rollout.on_update == "drain" else 0.0
     limits = PoolLimits(
-        request_timeout_s=config.rollout.request_timeout_s, start_timeout_s=config.cluster.start_timeout_s
+        request_timeout_s=config.rollout.request_timeout_s,
+        start_timeout_s=config.cluster.start_timeout_s,
+        load_timeout_s=PoolLimits().load_timeout_s + drain_s,
     )
     options = [{"num_gpus": config.cluster.worker_gpus, "scheduling_strategy": place} for place in places]
     return Pool(worker_spec(config), options, limits=limits)

@@ -20,6 +20,15 @@ from typing import Any, TypeVar, cast
 from winnow.rl.config_fields import ConfigError, check_keys, check_ranges, choice, number
 
 Section = TypeVar("Section")
+PIPELINE_KEYS = (
+    "run",
+    "specialist",
+    "specialists",
+    "student",
+    "mixed",
+    "stages",
+    "floors",
+)  # no keys of one run's config
 RECORDING_ENGINES = ("native",)  # engines that return index records
 
 
@@ -54,6 +63,7 @@ class DomainConfig:
         default_factory=dict
     )  # reward parts with weights: each normalised in its group, then summed (GDPO); empty: the reward itself
     environment: str | None = None  # for rows of a file: where their episodes take place
+    template: dict = field(default_factory=dict)  # options of the chat template, e.g. {enable_thinking: false}
     length_penalty: float = number(0.0, low=0)  # weight of the soft overlong penalty
     script: str = "latin"  # what replies should be written in, for language_penalty: latin, cyrillic, cjk, ...
     language_penalty: float = number(0.0, low=0)  # for all letters in another script
@@ -79,6 +89,13 @@ class RolloutConfig:
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU
     record_indices: bool = True  # carry the selected sets with every trajectory: for index/jaccard and for replay
     request_timeout_s: float = number(600.0, low=0, open_low=True)
+    reuse_prefixes: bool = (
+        True  # a prompt starts behind what earlier requests left of it in the cache, within one version
+    )
+    on_update: str = choice(
+        "recompute", "recompute", "drain"
+    )  # new weights: live samples go on under them at once, or end under the old ones first
+    drain_timeout_s: float = number(300.0, low=0, open_low=True)  # how long an update waits for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +112,9 @@ class LearnerConfig:
     threads: int = number(1, low=1)
     updates_per_batch: int = number(1, low=1)
     checkpointing: bool = False  # recompute activations in the backward pass
+    restarts: int = number(
+        0, low=0
+    )  # how often a dead learner process is replaced, from the last checkpoint; then the run fails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +158,8 @@ class ScheduleConfig:
     max_staleness: int = number(4, low=1)  # async: how many versions behind a token may be when it is trained
     steps: int = number(20, low=1)
     save_every: int = number(10, low=0)  # 0: only at the end
-    keep: int = number(2, low=1)  # checkpoints
+    keep: int = number(2, low=1)  # the newest checkpoints
+    keep_best: bool = True  # and the best one by held-out reward, saved when an evaluation finds it
     eval_every: int = number(0, low=0)  # 0: never
 
 
@@ -152,7 +173,8 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     address: str = (
-        "local"  # "local" starts Ray here; "auto" or host:port joins a cluster; RAY_ADDRESS wins over "local"
+        "local"  # "local" starts Ray on this machine; "auto" or host:port joins a cluster; RAY_ADDRESS wins over "local"; "here": no
+        # Ray at all, learner and engine take turns in the driver's own process, on one GPU or none
     )
     learner_gpus: float = number(0.0, low=0)
     worker_gpus: float = number(0.0, low=0)
@@ -219,7 +241,10 @@ class Config:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with `key=value` overrides. Raises ConfigError naming the file, the key and the remedy."""
-    return make_config(read_values(path), overrides)
+    values = read_values(path)
+    if of_pipeline := [key for key in PIPELINE_KEYS if key in values]:
+        raise ConfigError(f"{path} is the config of a pipeline (it has {of_pipeline[0]!r}): winnow pipeline {path}")
+    return make_config(values, overrides)
 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -290,6 +315,7 @@ def check(config: Config) -> Config:
             "algorithm.recompute_old the two are the same numbers: set algorithm.recompute_old to true, or correction to none"
         )
     _check_schedule(config)
+    _check_here(config)
     if config.learner.updates_per_batch > config.prompts_per_step:
         raise ConfigError(
             f"learner.updates_per_batch is {config.learner.updates_per_batch}, but a step has {config.prompts_per_step} prompts (the sum "
@@ -316,6 +342,23 @@ def _check_schedule(config: Config) -> None:
             f"schedule.kind is {config.schedule.kind}, but with algorithm.recompute_old and correction none nothing corrects for samples "
             "of older weights: set recompute_old to false (the ratio then is to the rollout), or correction to tis or icepop"
         )
+
+
+def _check_here(config: Config) -> None:
+    """One process holds one learner and one engine, and they cannot run at once."""
+    if config.cluster.address != "here":
+        return
+    for name, value, want in (
+        ("learner.ranks", config.learner.ranks, 1),
+        ("rollout.workers", config.rollout.workers, 1),
+        ("schedule.kind", config.schedule.kind, "sync"),
+        ("learner.restarts", config.learner.restarts, 0),
+    ):
+        if value != want:
+            raise ConfigError(
+                f"cluster.address is here, which keeps learner and engine in one process, but {name} is {value}: set it to {want}, or "
+                "cluster.address to local"
+            )
 
 
 def _check_domains(config: Config) -> None:
@@ -359,7 +402,12 @@ def to_yaml(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """12 hex digits that name the configuration; where a run is kept and whether it resumes do not count."""
-    values = {key: value for key, value in to_mapping(config).items() if key not in ("runs_dir", "resume", "cluster")}
+    return values_hash(to_mapping(config))
+
+
+def values_hash(mapping: Mapping[str, Any]) -> str:
+    """`config_hash` of a configuration that was written as YAML, whatever keys this version has."""
+    values = {key: value for key, value in mapping.items() if key not in ("runs_dir", "resume", "cluster")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

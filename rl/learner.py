@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +37,15 @@ from winnow.rl.batching import (
 )
 from winnow.rl.config import Config
 from winnow.rl.losses import LossInputs, compute_loss
-from winnow.rl.metrics import Tally, mismatch_metrics
+from winnow.rl.metrics import Tally
 from winnow.rl.optimizer import Optimizer, non_finite_gradients
 from winnow.rl.ranks import Ranks, whole
+from winnow.rl.step_report import STILL, Drift, StepRefused, StepReport, shares, where
 from winnow.rl.teachers import Teachers
 from winnow.rollout import weights
 from winnow.rollout.schema import Trajectory
 
 STATE_FILE = "learner.pt"
-
-
-class StepRefused(RuntimeError):
-    """A step that would have damaged the model. The message says what, where, and where the batch was saved."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepReport:
-    """What a step did. Metrics are named as in metrics.jsonl."""
-
-    step: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Learner:
@@ -78,13 +66,23 @@ class Learner:
         path = str(path or config.model.path)
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.seed)
-        self.device = "cuda" if config.cluster.learner_gpus > 0 and torch.cuda.is_available() else "cpu"
-        model: Any = model_folders.load(path, dtype=config.model.dtype, device=self.device).train()
+        if config.cluster.learner_gpus > 0 and not torch.cuda.is_available():
+            raise RuntimeError(
+                f"cluster.learner_gpus is {config.cluster.learner_gpus:g}, but torch sees no GPU in the learner's process: install a torch "
+                "built for CUDA there, or set cluster.learner_gpus to 0"
+            )
+        self.device = "cuda" if config.cluster.learner_gpus > 0 else "cpu"
+        model: Any = model_folders.load(path, dtype=config.model.dtype, device=self.device)
         has_tokenizer = any(model_folders.resolve(path).glob("tokenizer*.json"))
         self.tokenizer = model_folders.load_tokenizer(path) if has_tokenizer else None
+        return self._adopt(model, path)
+
+    def _adopt(self, model: Any, path: str) -> dict[str, Any]:
+        """Takes a loaded model, splits it over the ranks and makes its optimizer, reference and counts. `path` is what to call it."""
+        config = self.config
+        self.model = model.train()
         if config.learner.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = model
         shape = attach.indexer_config(self.model)
         self.top_k = shape.top_k if shape else None
         if self.top_k is None and (config.indexer.train == "kl" or config.indexer.selection == "replay"):
@@ -144,26 +142,28 @@ class Learner:
 
     def step(self, batch: TrainBatch) -> StepReport:
         """Trains on one batch. Raises StepRefused, leaving the weights before the faulty update."""
-        tally, drift = Tally(), _Drift()
+        tally, drift = Tally(), Drift()
         extra = drift.metrics()
         old = self._old_logprobs(batch)
         for number, update in enumerate(batch.updates):
             self.optimizer.zero_grad()
-            fault = self._accumulate(batch, number, update, old, tally, drift)
+            norms: dict[str, float] = {}
+            fault = self._accumulate(number, update, old, tally, drift, norms)
+            self.optimizer.collect()
             self.ranks.sum_gradients(self.optimizer.indexer if update.micro_batches else ())
             faults = [found for found in self.ranks.gather(fault) if found is not None]
             if faults:
                 self._refuse(batch, faults[0][0], number, faults[0][1])
             if number == 0:
-                extra = _Drift.joined(self.ranks.gather(drift)).metrics()
-                self._check_parity(batch, {**_STILL, **self._merged(tally).result(), **extra})
-            if any(p.grad is not None for p in (*self.optimizer.base, *self.optimizer.indexer)):
-                extra |= self._apply(batch, number)
+                extra = Drift.joined(self.ranks.gather(drift)).metrics()
+                self._check_parity(batch, {**STILL, **self._merged(tally).result(), **extra})
+            if self.optimizer.has_gradients:
+                extra |= self._apply(batch, number) | shares(norms)
         tally = self._merged(tally)
         tally.sums = {
             name: value / len(batch.updates) for name, value in tally.sums.items()
         }  # losses: the mean over updates
-        metrics = {**_STILL, **tally.result(), **extra, "lr": self.optimizer.lr}
+        metrics = {**STILL, **tally.result(), **extra, "lr": self.optimizer.lr}
         return StepReport(step=batch.step, metrics={**metrics, "tokens/trained": float(batch.num_trained_tokens)})
 
     def sft_step(self, examples: Sequence[Any], step: int = 0) -> StepReport:
@@ -204,34 +204,79 @@ class Learner:
         return [found[trajectory.key] for trajectory in trajectories]
 
     def _accumulate(
-        self, batch: TrainBatch, number: int, update: Update, old: Mapping[int, Tensor], tally: Tally, drift: _Drift
+        self,
+        number: int,
+        update: Update,
+        old: Mapping[int, Tensor],
+        tally: Tally,
+        drift: Drift,
+        norms: dict[str, float],
     ) -> tuple[str, str] | None:
-        """Adds the gradients of this rank's micro-batches of one update. Returns the first loss that is not finite: what, and where."""
+        """Adds the gradients of this rank's micro-batches of one update; `norms` gets that of each domain where there are several.
+
+        Returns the first loss that is not finite: what, and where.
+        """
         fault: tuple[str, str] | None = None
-        for index, counts in self.ranks.deal(update.micro_batches):
-            micro = update.micro_batches[index]
-            kl = IndexerLoss() if self.config.indexer.train == "kl" else None
-            recorded = self._recorded(micro)
-            replay = recorded if self.config.indexer.selection == "replay" else None
-            record = recorded is not None and replay is None
-            with scoring.scored(
-                self.model, micro, replay=replay, record=record, indexer_loss=kl, selector=self._selector
-            ) as result:
-                inputs = self._loss_inputs(micro, result, old.get(id(micro)))
-                output = compute_loss(inputs, self.config.algorithm, update.denominators)
-                loss = output.loss
-                if kl is not None and kl.kl:
-                    share = kl.sum() / (update.num_inputs * len(kl.kl))
-                    output.metrics.sum("loss/indexer_kl", share.detach())
-                    loss = loss + share
-                if not torch.isfinite(loss):
-                    fault = fault or (f"the loss is {loss.item()}", _where(index, micro, inputs.logprobs))
-                    if self.ranks.world == 1:
-                        break
-                if loss.requires_grad:
-                    (loss if counts else loss * 0.0).backward()
-            if not counts:
-                continue
+        parts = self._dealt(update)
+        for domain, mine in parts:
+            for index, counts in mine:
+                found = self._backward(number, update, index, counts, old, tally, drift)
+                self.optimizer.absorb()
+                fault = fault or found
+                if fault and self.ranks.world == 1:
+                    return fault
+            if len(parts) > 1:
+                norms[domain] = float(self.optimizer.end_part())
+        return fault
+
+    def _dealt(self, update: Update) -> list[tuple[str, list[tuple[int, bool]]]]:
+        """This rank's micro-batches of an update, domain by domain: (index, counts), as `Ranks.deal`. All ranks are in one domain at a
+        time, so that the gradient between two of them is one domain's."""
+        by_domain: dict[str, list[int]] = {}
+        for index, micro in enumerate(update.micro_batches):
+            by_domain.setdefault(micro.domains[0], []).append(index)
+        return [
+            (
+                name,
+                [(chosen[i], counts) for i, counts in self.ranks.deal([update.micro_batches[i] for i in chosen])],
+            )
+            for name, chosen in by_domain.items()
+        ]
+
+    def _backward(
+        self,
+        number: int,
+        update: Update,
+        index: int,
+        counts: bool,
+        old: Mapping[int, Tensor],
+        tally: Tally,
+        drift: Drift,
+    ) -> tuple[str, str] | None:
+        """Forward and backward of one micro-batch, which is gone through and does not count where `counts` is False."""
+        fault = None
+        micro = update.micro_batches[index]
+        kl = IndexerLoss() if self.config.indexer.train == "kl" else None
+        recorded = self._recorded(micro)
+        replay = recorded if self.config.indexer.selection == "replay" else None
+        record = recorded is not None and replay is None
+        with scoring.scored(
+            self.model, micro, replay=replay, record=record, indexer_loss=kl, selector=self._selector
+        ) as result:
+            inputs = self._loss_inputs(micro, result, old.get(id(micro)))
+            output = compute_loss(inputs, self.config.algorithm, update.denominators)
+            loss = output.loss
+            if kl is not None and kl.kl:
+                share = kl.sum() / (update.num_inputs * len(kl.kl))
+                output.metrics.sum("loss/indexer_kl", share.detach())
+                loss = loss + share
+            if not torch.isfinite(loss):
+                fault = (f"the loss is {loss.item()}", where(index, micro, inputs.logprobs))
+                if self.ranks.world == 1:
+                    return fault
+            if loss.requires_grad:
+                (loss if counts else loss * 0.0).backward()
+        if counts:
             tally.merge(output.metrics)
             if number == 0 and (update.denominators.sequences or update.denominators.kl_tokens):
                 drift.add(inputs.logprobs.detach(), micro.rollout_logprobs)
@@ -243,7 +288,7 @@ class Learner:
         """Clips and steps, unless a gradient is not finite. Returns the norms."""
         norms = {name: float(norm) for name, norm in self.optimizer.clip().items()}
         if not all(np.isfinite(norm) for norm in norms.values()):
-            found = self.ranks.gather(non_finite_gradients(self.model.named_parameters()))
+            found = self.ranks.gather(non_finite_gradients(self.model.named_parameters(), self.optimizer))
             bad = sorted({name for of_rank in found for name in of_rank})
             self._refuse(
                 batch, f"the gradient is not finite (norms {norms}; first of {len(bad)} tensors: {bad[:1]})", number
@@ -289,7 +334,7 @@ class Learner:
         if not self.config.algorithm.recompute_old or len(batch.updates) < 2:
             return {}
         old = {}
-        for micro in (u.micro_batches[i] for u in batch.updates for i, _ in self.ranks.deal(u.micro_batches)):
+        for micro in (u.micro_batches[i] for u in batch.updates for _, mine in self._dealt(u) for i, _ in mine):
             replay = self._recorded(micro) if self.config.indexer.selection == "replay" else None
             with scoring.scored(self.model, micro, replay=replay, selector=self._selector) as result:
                 old[id(micro)] = result.logprobs
@@ -367,42 +412,3 @@ class Learner:
             path.write_bytes(pickle.dumps(batch))
         where = f"step {batch.step}, update {update + 1} of {len(batch.updates)}{place}"
         raise StepRefused(f"{where}: {why}. The update was not made; the batch is in {path}")
-
-
-def _where(index: int, micro: MicroBatch, values: Tensor) -> str:
-    """Which sequences of a micro-batch have a value that is not finite."""
-    bad = (~torch.isfinite(values.detach())).cpu().numpy()
-    keys = [micro.keys[i] for i in sorted(set(micro.sequence_ids[bad]))] or list(micro.keys)
-    return f", micro-batch {index + 1}, sequences {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
-
-
-# What a step without anything to train reports, so that every line of metrics.jsonl has the same names.
-_STILL = {
-    "loss/policy": 0.0,
-    "clip_fraction": 0.0,
-    "entropy": 0.0,
-    "grad_norm": 0.0,
-    "index/jaccard": 1.0,
-    "index/selected_share": 1.0,
-    "index/sparse_rows": 0.0,
-}
-
-
-@dataclass
-class _Drift:
-    """The learner's and the rollout's log-probabilities of a step's first update, gathered over micro-batches."""
-
-    learner: list[np.ndarray] = field(default_factory=list)
-    rollout: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, learner: Tensor, rollout: np.ndarray) -> None:
-        self.learner.append(learner.float().cpu().numpy())
-        self.rollout.append(rollout)
-
-    @classmethod
-    def joined(cls, ranks: Sequence[_Drift]) -> _Drift:
-        return cls([a for part in ranks for a in part.learner], [a for part in ranks for a in part.rollout])
-
-    def metrics(self) -> dict[str, float]:
-        empty = [np.zeros(0, np.float32)]
-        return mismatch_metrics(np.concatenate(self.learner or empty), np.concatenate(self.rollout or empty))

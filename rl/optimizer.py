@@ -2,6 +2,8 @@
 
 Decay applies to matrices only. A frozen indexer is not in the optimizer at all: AdamW's decay shrinks a weight whose gradient is zero.
 Weights in bf16 are stepped on fp32 masters and copied back, so the model in the learner is bit for bit the one the rollout gets.
+
+    backward -> absorb (bf16 gradients into fp32 sums) -> ... -> end_part (one domain's sum: its norm) -> ... -> collect -> clip -> step
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class Optimizer:
             self.indexer = []
         self.base = [parameter for parameter in self.base if parameter.requires_grad]
         self._masters = {p: p.detach().float().clone() for p in (*self.base, *self.indexer) if p.dtype != torch.float32}
+        self._part: dict[nn.Parameter, Tensor] = {}  # fp32 gradients of the present part, of parameters with a master
+        self._total: dict[nn.Parameter, Tensor] = {}  # of the parts that have ended
         groups = []
         for parameters, lr in ((self.base, learner.lr), (self.indexer, indexer_config.lr)):
             for decay in (True, False):
@@ -49,6 +53,53 @@ class Optimizer:
     def zero_grad(self) -> None:
         for parameter in (*self.base, *self.indexer):
             parameter.grad = None
+            self.target(parameter).grad = None
+        self._part.clear()
+        self._total.clear()
+
+    def target(self, parameter: nn.Parameter) -> Tensor:
+        """What is stepped for a parameter, and has its gradient from `collect` on: its master, or itself."""
+        return self._masters.get(parameter, parameter)
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(self.target(p).grad is not None for p in (*self.base, *self.indexer))
+
+    def absorb(self) -> None:
+        """Takes the gradients that a backward pass left on parameters with masters into fp32 sums: in bf16 a sum over micro-batches
+        would lose what is small. Gradients of fp32 parameters are such sums already."""
+        for parameter in self._masters:
+            if parameter.grad is not None:
+                _add(self._part, parameter, parameter.grad)
+                parameter.grad = None
+
+    def end_part(self) -> Tensor:
+        """Ends a part of the update, such as one domain's micro-batches: the norm of the base's gradient in it, an fp32 scalar."""
+        for parameter in self.base:
+            if parameter.grad is not None:
+                _add(self._part, parameter, parameter.grad)
+                parameter.grad = None
+        norm = nn.utils.get_total_norm(list(self._part.values())) if self._part else torch.zeros(())
+        self._end()
+        return whole(norm)
+
+    def collect(self) -> None:
+        """Puts the summed gradients where `clip` and `step` look for them."""
+        self.absorb()
+        for parameter in self._total:
+            if parameter.grad is not None:
+                _add(self._total, parameter, parameter.grad)
+        self._end()
+        for parameter, gradient in self._total.items():
+            self.target(parameter).grad = gradient
+            if parameter in self._masters:
+                parameter.grad = None
+        self._total.clear()
+
+    def _end(self) -> None:
+        for parameter, gradient in self._part.items():
+            _add(self._total, parameter, gradient)
+        self._part.clear()
 
     @property
     def lr(self) -> float:
@@ -59,22 +110,19 @@ class Optimizer:
         """Clips both sides to max_grad_norm and returns their norms before it, fp32 scalars: grad_norm, grad_norm/indexer."""
         norms = {"grad_norm": self.base, "grad_norm/indexer": self.indexer}
         return {
-            name: whole(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+            name: whole(nn.utils.clip_grad_norm_([self.target(p) for p in parameters], self.max_grad_norm))
             for name, parameters in norms.items()
-            if any(p.grad is not None for p in parameters)
+            if any(self.target(p).grad is not None for p in parameters)
         }
 
     def step(self) -> None:
         """One update from the accumulated gradients, which are released."""
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * self._warmup()
-        for parameter, master in self._masters.items():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
         self._adamw.step()
         with torch.no_grad():
             for parameter, master in self._masters.items():
                 parameter.copy_(master)
-                master.grad = None
         self.zero_grad()
         self.num_updates += 1
 
@@ -116,10 +164,13 @@ class Optimizer:
         self.num_updates = int(state["num_updates"])
 
 
-def non_finite_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+def non_finite_gradients(named: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> list[str]:
     """Names of the parameters whose gradient holds NaN or infinity."""
-    return [
-        name
-        for name, parameter in named
-        if parameter.grad is not None and not torch.isfinite(own_part(parameter.grad)).all()
-    ]
+    found = ((name, optimizer.target(parameter).grad) for name, parameter in named)
+    return [name for name, grad in found if grad is not None and not torch.isfinite(own_part(grad)).all()]
+
+
+def _add(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor) -> None:
+    """sums[parameter] += gradient, in fp32; the first one is taken as it is, not copied."""
+    known = sums.get(parameter)
+    sums[parameter] = gradient.float() if known is None else known.add_(gradient)

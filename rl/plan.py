@@ -9,12 +9,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from winnow.rl.cluster import bundles
+from winnow.rl.cluster import HERE, bundles
 from winnow.rl.config import Config, to_yaml
 
 BYTES = {"float32": 4, "bfloat16": 2}
 ACTIVATIONS = 40  # numbers kept for the backward pass per token, layer and hidden unit; a dozen with checkpointing
 CHECKPOINTED = 2
+HEAD_BYTES = 3 << 28  # a chunk's logits, probabilities and gradient; the head never holds more
 GIB = 1 << 30
 
 
@@ -39,6 +40,9 @@ def placement(config: Config) -> list[str]:
     ranks = config.learner.ranks
     learners = ["learner"] if ranks == 1 else [f"learner rank {i}" for i in range(ranks)]
     names = [*learners, *(f"rollout worker {i}" for i in range(config.rollout.workers))]
+    if config.cluster.address == HERE:
+        device = "on the GPU" if config.cluster.worker_gpus else "without a GPU"
+        return [f"learner and engine by turns in this process, {device}; no Ray"]
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
     where = "Ray started on this machine" if address == "local" else f"the Ray cluster at {address}"
     lines = [
@@ -58,11 +62,17 @@ def memory(config: Config) -> list[str]:
     weights = shape["parameters"] * size
     kept = CHECKPOINTED if config.learner.checkpointing else ACTIVATIONS
     activations = config.learner.micro_tokens * shape["layers"] * shape["hidden"] * kept * size
-    learner = {"weights": weights, "gradients": weights, "AdamW": shape["parameters"] * 8, "activations": activations}
+    masters = 0 if size == 4 else shape["parameters"] * 4
+    sums = shape["parameters"] * 4 * (1 + (len(config.domains) > 1))  # fp32; one more of each domain by itself
+    learner = {
+        "weights": weights, "masters": masters, "gradients": sums + (0 if size == 4 else weights), "AdamW": shape["parameters"] * 8,
+        "activations": activations, "head": min(HEAD_BYTES, 12 * config.learner.micro_tokens * shape["vocabulary"]),
+    }  # fmt: skip
     if config.reference_path:
         learner["reference"] = weights
     split = config.learner.ranks
-    learner = {part: amount if part == "activations" else amount / split for part, amount in learner.items()}
+    whole = ("activations", "head")  # a rank's micro-batches are its own, the rest is split
+    learner = {part: amount if part in whole else amount / split for part, amount in learner.items() if amount}
     tokens = config.rollout.num_pages * config.rollout.page_size
     cache = tokens * shape["layers"] * (2 * shape["kv_width"] * size + shape["index_width"] * 4)
     worker = {"weights": weights, f"cache of {tokens:,} tokens": cache}
@@ -72,6 +82,12 @@ def memory(config: Config) -> list[str]:
     for name, parts in (("learner" if split == 1 else "each learner rank", learner), ("each rollout worker", worker)):
         total = " + ".join(f"{part} {amount / GIB:.2f}" for part, amount in parts.items())
         lines.append(f"  {name}: {sum(parts.values()) / GIB:.2f} GiB = {total}")
+    share = config.cluster.learner_gpus + config.cluster.worker_gpus
+    if config.cluster.worker_gpus and (share <= 1 or config.cluster.address == HERE):
+        both = (sum(learner.values()) + sum(worker.values())) / GIB
+        lines.append(
+            f"  one GPU holds both: {both:.2f} GiB; rollout.num_pages and learner.micro_tokens divide it between them"
+        )
     return lines
 
 
@@ -87,6 +103,7 @@ def read_shape(path: str) -> dict[str, Any] | None:
         "parameters": sum(count_parameters(file) for file in folder.glob("*.safetensors")),
         "layers": config["num_hidden_layers"],
         "hidden": config["hidden_size"],
+        "vocabulary": config.get("vocab_size", 0),
         "kv_width": kv_width(config, head),
         "index_width": (config.get("winnow") or {}).get("head_dim") or config.get("index_head_dim", 0),
     }

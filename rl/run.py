@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from winnow.rl.checkpoints import save_checkpoint
+from winnow.rl.checkpoints import best_checkpoint, read_meta, save_checkpoint
 from winnow.rl.config import Config, ConfigError, config_hash, to_yaml
 from winnow.rollout.schema import Failure, Group, Score, Trajectory
 
@@ -30,6 +30,7 @@ class Run:
         self.checkpoint = checkpoint
         self.status = "done"
         self.result: dict[str, Any] = {}
+        self._held_out: tuple[int, float] | None = None  # the last evaluated step and its mean held-out reward
         self._pending: tuple[int, dict[str, float]] | None = None
         self._domains: dict[str, dict[str, float]] = {domain.name: {} for domain in config.domains}
         metrics = self.folder / "metrics.jsonl"
@@ -44,7 +45,9 @@ class Run:
         )
         if metrics.exists():
             rows = [(_step_of(line), line) for line in metrics.read_text().splitlines()]
-            metrics.write_text("".join(f"{line}\n" for number, line in rows if number is not None and number <= step))
+            metrics.write_text(
+                "".join(f"{line}\n" for number, line in rows if number is not None and number <= step and checkpoint)
+            )
         self._metrics = metrics.open("a")
         self._events = _tensorboard(self.folder, step)
 
@@ -65,6 +68,7 @@ class Run:
             "step": self.step,
             "steps": self.config.schedule.steps,
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            "best": str(self.best) if self.best else None,  # of the kept ones, by held-out reward
             "run": str(self.folder),
             "config_hash": config_hash(self.config),
             "version": code_version(),
@@ -79,16 +83,42 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def keep(self, checkpoint: Path) -> None:
-        """Notes that the present step has this checkpoint."""
-        self.checkpoint, self.saved = checkpoint, self.step
+    @property
+    def best(self) -> Path | None:
+        """The kept checkpoint with the highest held-out reward."""
+        return best_checkpoint(self.checkpoints)
 
-    def save(self, learner: Any) -> None:
-        """A checkpoint of the last finished step, unless there is one."""
+    @property
+    def save_due(self) -> bool:
+        """Whether the last finished step wants a checkpoint: every `save_every` steps, and for a new best of the held-out tasks."""
+        schedule = self.config.schedule
+        if schedule.save_every and self.step % schedule.save_every == 0:
+            return True
+        return schedule.keep_best and self.held_out is not None and self.held_out > self._best_held_out()
+
+    @property
+    def held_out(self) -> float | None:
+        """The last finished step's mean reward over the domains' held-out tasks; None where it was not evaluated."""
+        return self._held_out[1] if self._held_out and self._held_out[0] == self.step else None
+
+    def _best_held_out(self) -> float:
+        return float(read_meta(self.best)["held_out"]) if self.best else float("-inf")
+
+    def save(self, learner: Any, rollouts: Any = None) -> None:
+        """A checkpoint of the last finished step, with what `rollouts` has in flight, unless there is one."""
         if self.step and self.saved != self.step:
             meta = {"config": config_hash(self.config), "seed": self.config.seed}
+            if self.config.schedule.keep_best and self.held_out is not None:
+                meta["held_out"] = self.held_out
+
+            def fill(folder: Path) -> None:
+                learner.save(folder)
+                if rollouts is not None:
+                    rollouts.save(folder, self.step)
+
             keep = self.config.schedule.keep
-            self.keep(save_checkpoint(self.checkpoints, self.step, learner.save, keep=keep, meta=meta))
+            self.checkpoint = save_checkpoint(self.checkpoints, self.step, fill, keep=keep, meta=meta)
+            self.saved = self.step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds to the line of a step, which `flush` (or the next step, or the end) writes."""
@@ -96,6 +126,9 @@ class Run:
             self.flush()
             self._pending = (step, {})
         self._pending[1].update(metrics)
+        rewards = [value for name, value in metrics.items() if name.startswith("eval/") and name.endswith("_reward")]
+        if rewards:
+            self._held_out = (step, float(np.mean(rewards)))
 
     def flush(self) -> str:
         """Writes the pending line to metrics.jsonl and TensorBoard; returns a short form of it for a terminal."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.kernels import ops
+from winnow.kernels.packing import known
 from winnow.kernels.selection import Selection
 from winnow.models.context import ForwardContext, IndexerLoss, current_context, forward_context
 from winnow.models.forward import hidden_states, lm_head_weight
@@ -46,12 +47,12 @@ def scored(
     `replay`: index sets to attend to instead of the model's own. `record`: return the model's own sets. `selector`: what chooses them.
     """
     device = next(model.parameters()).device
-    bounds = torch.as_tensor(micro.cu_seqlens, device=device)
+    bounds = known(torch.as_tensor(micro.cu_seqlens, device=device), micro.cu_seqlens.tolist())
     context = ForwardContext(
         mode="train",
         positions=torch.as_tensor(micro.positions, device=device),
         cu_seqlens=bounds,
-        seq_lens=bounds.diff(),
+        seq_lens=known(bounds.diff(), np.diff(micro.cu_seqlens).tolist()),
         selector=selector,
         selection_in=replay,
         selection_out={} if record else None,

@@ -6,8 +6,8 @@
             |                           |                                                                           v
         next step <── log, evaluate, save <── StepReport <───────────────── Learner.step <──────────────────── TrainBatch
 
-The schedule says how far rollouts run ahead (schedule.py; sync: not at all). The learner waits for every group of its batch; nobody waits
-without a bound. Ctrl-C stops a rollout at once and an update after it; the run is saved either way, and `resume=true` continues it.
+The schedule says how far rollouts run ahead (schedule.py; sync: not at all). Nobody waits without a bound. Ctrl-C stops a rollout at
+once and an update after it; the run is saved either way, and `resume=true` continues it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from winnow.rewards.contract import check_failures
 from winnow.rl.advantages import compute_advantages
 from winnow.rl.batching import make_batch
-from winnow.rl.checkpoints import latest_checkpoint, read_checkpoint
+from winnow.rl.checkpoints import read_latest
 from winnow.rl.cluster import Cluster, connect
 from winnow.rl.config import Config
 from winnow.rl.dynamic import refill
@@ -27,45 +27,44 @@ from winnow.rl.grading import grade_groups, held_out_metrics, prepared_tasks
 from winnow.rl.holdout import holdout_metrics
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.metrics import group_metrics, speed_metrics
+from winnow.rl.restarts import restarted
 from winnow.rl.run import Run, Stopwatch
 from winnow.rl.sampler import TaskSampler
-from winnow.rl.schedule import Rollouts
+from winnow.rl.schedule import Rollouts, read_in_flight
 from winnow.rollout.schema import Group
 
 
+@restarted
 def train(config: Config, cluster: Cluster | None = None, progress: Callable[[str], object] = print) -> dict[str, Any]:
-    """Runs the config to its last step and returns what result.json holds: status, step, checkpoint (a model folder), domains.
-
-    `cluster` lends running processes (the pipeline keeps them between stages); without it they are started and ended here.
-    """
+    """Runs the config to its last step: what result.json holds. `cluster` lends running processes, else they are started and ended here."""
     sampler = TaskSampler(prepared_tasks(config, progress), config)
-    newest = latest_checkpoint(config.folder / "checkpoints") if config.resume else None
-    start = read_checkpoint(newest) if newest else None
+    start = read_latest(config.folder / "checkpoints") if config.resume else None
     run = Run(config, start.step if start else 0, start.path if start else None)
-    with run, Interrupts() as interrupts, connect(config) if cluster is None else nullcontext(cluster) as cluster:
+    rollouts = Rollouts(sampler.requests, config.schedule, read_in_flight(run.checkpoint))
+    lent = connect(config) if cluster is None else nullcontext(cluster)
+    with run, rollouts, Interrupts() as interrupts, lent as cluster:
         cluster.start(config, start)
         try:
             if config.schedule.eval_every and run.step == 0:  # what the run starts from
                 run.log(0, holdout_metrics(config, cluster.pool.generate, 0))
                 progress(run.flush())
-            rollouts = Rollouts(cluster.pool, sampler.requests, config.schedule)
             for step in range(run.step + 1, config.schedule.steps + 1):
                 watch = Stopwatch()
                 with watch("rollout"):
-                    groups = rollouts.take(step)
+                    groups = rollouts.take(step, cluster.pool)
                 with interrupts.held():
                     run.log(step, learn(config, cluster, sampler, step, groups, watch, run))
                     run.step = step
                 if config.schedule.eval_every and step % config.schedule.eval_every == 0:
                     run.log(step, holdout_metrics(config, cluster.pool.generate, step))
                 progress(run.flush())
-                if config.schedule.save_every and step % config.schedule.save_every == 0:
+                if run.save_due:
                     with interrupts.held():
-                        run.save(cluster.learner)
+                        run.save(cluster.learner, rollouts)
         except KeyboardInterrupt:
             run.status = "interrupted"
             progress(f"interrupted after step {run.step}: saving; resume=true continues")
-        run.save(cluster.learner)
+        run.save(cluster.learner, rollouts)
     return run.result
 
 
@@ -95,5 +94,6 @@ def learn(
         **advantages.metrics,
         **held_out_metrics(config, groups),
         **report.metrics,
+        **cluster.engine_metrics(),
         **speed_metrics(watch.times, groups),
     }

@@ -59,7 +59,15 @@ class Engine:
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self.version = 0
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0, "prefill_steps": 0, "decode_steps": 0}
-        self.scheduler = Scheduler(self.cache, config.max_batch, config.prefill_chunk, self.context)
+        self.scheduler = Scheduler(
+            self.cache,
+            config.max_batch,
+            config.prefill_chunk,
+            self.context,
+            reuse=config.reuse_prefixes,
+            record_from=self.index_k if self.records else None,
+        )
+        self.paused = False
         self.forward = Forward(
             model, self.cache, selector=config.selector, exact=config.exact, context=self.context, index_k=self.index_k, layers=self.layers,
             records=self.records,
@@ -76,7 +84,40 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether `step` would do anything."""
+        return not self.paused and self.scheduler.has_work and not self.drained
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, and the version in use."""
+        scheduler = self.scheduler
+        more = {"preemptions": scheduler.preemptions, "reused_tokens": scheduler.reused_tokens, "version": self.version}
+        return {**self.counters, **more}
+
+    def pause(self) -> None:
+        """Stops at this token: `step` does nothing until `resume`. What is cached stays."""
+        self.paused = True
+
+    def drain(self) -> None:
+        """Lets samples that have begun run to their end and starts no other until `resume`."""
+        self.scheduler.draining = True
+
+    def resume(self) -> None:
+        """Ends `pause` and `drain`."""
+        self.paused = self.scheduler.draining = False
+
+    @property
+    def drained(self) -> bool:
+        """Whether a drain is over: no sample that has begun is left, between turns or otherwise."""
+        return self.scheduler.draining and not self.scheduler.started
+
+    def abort(self) -> list[Sequence]:
+        """Ends every live sample where it is, as "abort"; returns them, released."""
+        aborted = list(self.scheduler.live)
+        for sequence in aborted:
+            self.release(sequence)
+            sequence.finish = "abort"
+        return aborted
 
     def add(
         self,
@@ -140,6 +181,8 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """One forward; returns the sequences whose turn ended. Extend or release each before the next step, or its pages stay taken."""
+        if self.paused:
+            return []
         with torch.inference_mode():
             ended = self._start(self.scheduler.admit())
             prefilled = self._prefill()

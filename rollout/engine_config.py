@@ -6,6 +6,8 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from typing import Any
 
+ON_UPDATE = ("recompute", "drain")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -21,11 +23,19 @@ class EngineConfig:
     selector: str = "indexer"
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU and the model's forward pass allows it
     exact: bool = False  # on a GPU: bits of a token that depend on its own sequence alone, not on the batch or on how it was computed
+    # start a prefill behind the pages that an earlier request left, within one policy version
+    reuse_prefixes: bool = True
+    on_update: str = "recompute"  # new weights: live samples go on under them, or (drain) end under the old ones first
+    drain_timeout_s: float = 300.0  # how long an update waits for them
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "max_batch", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} is {getattr(self, name)}, but it must be >= 1")
+        if self.on_update not in ON_UPDATE:
+            raise ValueError(f"rollout.on_update is {self.on_update!r}, but it must be one of {', '.join(ON_UPDATE)}")
+        if self.drain_timeout_s <= 0:
+            raise ValueError(f"rollout.drain_timeout_s is {self.drain_timeout_s}, but it must be > 0 seconds")
 
 
 def check_prompt(tokens: Row[int], what: str, vocab: int, total: int, context: int) -> None:

@@ -9,19 +9,19 @@ Ledger and crew are used under one lock. Every wait has a limit, and the error s
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from winnow.rollout.arrivals import Arrivals
 from winnow.rollout.crew import Crew
 from winnow.rollout.handles import PoolLimits, Worker
 from winnow.rollout.ledger import Call, Ledger
-from winnow.rollout.schema import Group, Request
+from winnow.rollout.schema import Request
 from winnow.rollout.weights import WeightUpdate
 from winnow.rollout.worker import RolloutWorker, WorkerSpec
 
@@ -49,7 +49,7 @@ class Pool:
             self.limits = replace(self.limits, request_timeout_s=timeout_s)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._closed = False
+        self._closed, self._why = False, ""
         self._ledger = Ledger(self.limits.max_attempts)
         with self._lock:
             self._crew = Crew(spec, actor_options, self.limits, worker_class, self._ledger)
@@ -61,7 +61,7 @@ class Pool:
             self.shutdown()
             raise
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Group]:
+    def generate(self, requests: Sequence[Request]) -> Arrivals:
         """Sends the requests now; the iterator yields each one's group once, as it finishes. Closing it cancels the rest.
 
         Raises what made a request fail: at once for a ValueError (the request itself is wrong), after `max_attempts` otherwise.
@@ -70,7 +70,7 @@ class Pool:
             self._check_usable()
             call = self._ledger.open(requests)
             self._crew.dispatch()
-        return self._drain(call)
+        return self._arrivals(call)
 
     def push_weights(self, update: WeightUpdate | Any, version: int | None = None) -> dict[int, int]:
         """Gives every worker new weights: an update, or a reference to one and its version. Returns {worker: version} once all live
@@ -110,22 +110,28 @@ class Pool:
         """Counters of the workers that are up."""
         import ray
 
-        ready = self._crew.ready
-        values = ray.get([worker.actor.stats.remote() for worker in ready], timeout=self.limits.load_timeout_s)
-        return {worker.number: value for worker, value in zip(ready, values, strict=True)}
+        asked = {worker.number: worker.actor.stats.remote() for worker in self._crew.ready}
+        found = {}
+        for number, ref in asked.items():
+            try:
+                found[number] = ray.get(ref, timeout=self.limits.load_timeout_s)
+            except ray.exceptions.RayActorError:  # it died meanwhile: the watching thread names it and starts another
+                continue
+        return found
 
     def describe(self) -> dict[int, str]:
         """{worker: "state, where"}."""
         with self._lock:
             return {worker.number: f"{worker.state}, {worker.where}" for worker in self._crew.workers}
 
-    def shutdown(self) -> None:
-        """Kills all workers and ends all calls. May be called twice."""
+    def shutdown(self, why: str = "the rollout pool was shut down") -> None:
+        """Kills all workers and ends all calls, with `why` as their error. May be called twice."""
         with self._changed:
             if self._closed:
                 return
             self._closed = True
-            self._crew.fail(RuntimeError("the rollout pool was shut down"))
+            self._why = why
+            self._crew.fail(RuntimeError(why))
             for worker in self._crew.workers:
                 self._crew.kill(worker)
             self._changed.notify_all()
@@ -138,26 +144,16 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _drain(self, call: Call) -> Iterator[Group]:
-        missing = set(call.open)
-        try:
-            while missing:
-                try:
-                    result = call.outbox.get(timeout=1.0)
-                except queue.Empty:
-                    if not self._thread.is_alive():
-                        raise RuntimeError(
-                            f"the rollout pool stopped with {len(missing)} requests unfinished"
-                        ) from self._crew.error
-                    continue
-                if isinstance(result, Exception):
-                    raise result
-                missing.discard(result.request.request_id)
-                yield result
-        finally:
-            if missing:
-                with self._lock:
-                    self._crew.cancel(call)
+    def _arrivals(self, call: Call) -> Arrivals:
+        def check(missing: int) -> None:
+            if not self._thread.is_alive():
+                raise RuntimeError(f"the rollout pool stopped with {missing} requests unfinished") from self._crew.error
+
+        def cancel() -> None:
+            with self._lock:
+                self._crew.cancel(call)
+
+        return Arrivals(call, check, cancel)
 
     def _wait_ready(self, at_least: int | None = None) -> list[Worker]:
         """The ready workers, once there are `at_least` so many (default: all). The watching thread enforces the time limits."""
@@ -173,7 +169,7 @@ class Pool:
         if self._crew.error is not None:
             raise self._crew.error
         if self._closed:
-            raise RuntimeError("the rollout pool was shut down")
+            raise RuntimeError(self._why)
 
     def _watch(self) -> None:
         """The thread: takes in what Ray has finished, checks limits, sends what can be sent."""

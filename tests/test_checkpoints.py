@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from winnow.rl.checkpoints import latest_checkpoint, list_checkpoints, read_checkpoint, save_checkpoint
+from winnow.rl.checkpoints import (
+    CheckpointError,
+    best_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 
 def fill(text: str):
@@ -38,7 +49,7 @@ def test_a_failing_write_leaves_the_old_ones_and_no_half_one(tmp_path: Path) -> 
         raise OSError("disk full")
 
     for step in (1, 2):
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(CheckpointError, match="disk full"):
             save_checkpoint(tmp_path, step, fails, keep=1)
         assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001"]
         assert read_checkpoint(tmp_path / "step-000001").step == 1
@@ -68,3 +79,40 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     with pytest.raises(ValueError, match="is not a checkpoint"):
         read_checkpoint(tmp_path / "step-000005")
+
+
+def fill_the_disk(root: Path, said: Path) -> None:
+    """A process whose files may not grow past 64 KiB, as on a disk that is full there."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    try:
+        save_checkpoint(
+            root, 2, lambda folder: torch.save({"weights": torch.zeros(1 << 18)}, folder / "learner.pt"), keep=1
+        )
+    except CheckpointError as error:
+        said.write_text(str(error))
+
+
+def test_a_full_disk_in_a_real_process_is_explained_and_leaves_nothing_half(tmp_path: Path) -> None:
+    root, said = tmp_path / "checkpoints", tmp_path / "said"
+    save_checkpoint(root, 1, fill("x"), keep=1)
+    process = multiprocessing.get_context("fork").Process(target=fill_the_disk, args=(root, said))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    for part in (
+        "step 2 could not be written",
+        "GiB free there",
+        "lower schedule.keep",
+        "step-000001 is whole, resume=true",
+    ):
+        assert part in said.read_text()
+    assert [path.name for path in root.iterdir()] == ["step-000001"] and read_checkpoint(root / "step-000001").step == 1
+
+
+def test_the_best_one_outlives_newer_ones_until_a_better_one_comes(tmp_path: Path) -> None:
+    for step, held_out in ((1, 0.4), (2, None), (3, 0.2), (4, 0.4), (5, 0.1)):
+        save_checkpoint(tmp_path, step, fill("x"), keep=1, meta={} if held_out is None else {"held_out": held_out})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004", "step-000005"]
+    assert best_checkpoint(tmp_path) == tmp_path / "step-000004"
+    shutil.rmtree(tmp_path / "step-000004")
+    assert best_checkpoint(tmp_path) == tmp_path / "step-000005" and best_checkpoint(tmp_path / "none") is None

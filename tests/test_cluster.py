@@ -138,6 +138,10 @@ def test_two_ranks_train_as_one_and_a_killed_one_is_named(tmp_path: Path, monkey
         assert losses[-1] < losses[0]
         learner.save(tmp_path / "saved")
         ray.kill(learner.actors[1])
-        with pytest.raises(RuntimeError, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"):
+        with pytest.raises(clusters.LearnerDied, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"):
             learner.sft_step([(tokens, tokens > 5)] * 3, 4)
+        cluster.revive()  # what learner.restarts does: new processes, the checkpoint, the same workers
+        cluster.learner.resume(tmp_path / "saved", config)
+        after = cluster.learner.sft_step([(tokens, tokens > 5)] * 3, 4).metrics["loss/ce"]
+        assert after < losses[-1] and pool.closed == 0
     assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 1 and not ray.is_initialized()

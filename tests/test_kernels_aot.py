@@ -16,7 +16,7 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 def kernels(sm):
     """(name, kernel, types of the pointer and scalar arguments, constants, warps, stages) of the shapes that are timed."""
-    from winnow.kernels import draw, gqa_decode, indexer_logits, invariant, mla_decode, quant, rows, topk
+    from winnow.kernels import draw, gqa_decode, indexer_logits, invariant, mla_decode, quant, rows, select_short, topk
 
     i32, f8 = "*i32", sm >= 89
     split, block_n, stages = gqa_decode.plan(128, 8, 256, SHARED[sm] // 1024)  # what a batch of 128 takes on this chip
@@ -154,6 +154,11 @@ def kernels(sm):
     for given in (False, True):
         yield f"draw choose given={given}", draw._choose, drawn | dict(uniform="*fp64", tokens="*i64", logprobs="*fp32", bad=i32), {
             "BLOCK": draw.BLOCK, "PIECES": 64, "GIVEN": given}, 8, 2  # fmt: skip
+    for dtype, heads, dim, width in (("*bf16", 4, 32, 128), ("*fp32", 16, 64, 1024)):
+        yield f"select short {dtype} {width}", select_short._select_short, dict(
+            q=dtype, cache=dtype, w="*fp32", table=i32, owner=i32, ends=i32, scores="*fp32", bad=i32, out=i32, counts=i32, k="i32",
+            table_stride="i32", page_stride="i32",
+        ), {"H": heads, "D": dim, "PAGE": width, "WIDTH": width, "K_BLOCK": 64, "BLOCK_N": 64, "BLOCK_H": 16, "UPCAST": False}, 4, 1  # fmt: skip
 
 
 def compile_kernel(kernel, types, constants, warps, stages, sm):

@@ -438,9 +438,12 @@ def test_graph_replays_selection_and_attention():
     assert torch.equal(indices, select_decode(iq, cache, w, table, lens, k, 5000)[0])
 
 
+@pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("heads,dim,page", [(4, 32, 16)] + ([(5, 64, 61)] if GPU else []))
-def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page):
+def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page, short, monkeypatch):
     """Decode, chunked prefill and packed sequences through gpu_ops: the sets of torch_indexer, and of one another."""
+    if not short:
+        monkeypatch.setattr("winnow.kernels.select_short.LONGEST", 0)
     lengths, queries, k = [70, 9, 33], [4, 9, 1], 16
     q, cache, w, table, _ = index_case(heads, dim, page, lengths, False)
     lens = ints(lengths)
@@ -450,6 +453,8 @@ def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page):
     bounds = ints([0, 4, 13, 14])
     many_q, many_w = randn(14, heads, dim, seed=11), randn(14, heads, seed=12, dtype=torch.float32)
     many_q[-1], many_w[-1] = q[2], w[2]  # the last query of sequence 2 is its decode query
+    many_w[2] = many_w[7] = 0.0  # every score is 0, or -0
+    many_w[1] = -many_w[1].abs()  # the best scores are the plateau of zeros
     positions = torch.cat([torch.arange(n - m, n) for n, m in zip(lengths, queries, strict=True)]).to(DEV)
     got_prefill = gpu_ops.select_prefill(many_q, cache, many_w, bounds, positions, table, lens, k)
     safe = table.clamp_min(0)

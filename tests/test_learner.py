@@ -18,10 +18,13 @@ from winnow.models.indexer import IndexerConfig
 from winnow.models.load import save
 from winnow.rl.advantages import Sample
 from winnow.rl.batching import TrainBatch, make_batch
-from winnow.rl.config import Config, make_config
+from winnow.rl.config import Config, LearnerConfig, make_config, to_mapping
+from winnow.rl.config import IndexerConfig as IndexerOptions
 from winnow.rl.flips import explain_flips
-from winnow.rl.learner import Learner, StepRefused, _Drift
+from winnow.rl.learner import Learner, StepRefused
 from winnow.rl.metrics import Tally
+from winnow.rl.optimizer import Optimizer
+from winnow.rl.step_report import Drift
 from winnow.rollout import records
 from winnow.rollout.schema import KeptSets, Trajectory
 from winnow.rollout.weights import unpack
@@ -135,7 +138,8 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(
     for micro_tokens in (1, 40, 500):
         learner = learner_for(folder, tmp_path, *overrides)
         batch = batch_of(trajectories_of(learner), micro_tokens=micro_tokens, keep_idle=True)
-        learner._accumulate(batch, 0, batch.updates[0], {}, Tally(), _Drift())
+        learner._accumulate(0, batch.updates[0], {}, Tally(), Drift(), {})
+        learner.optimizer.collect()
         grads.append({name: p.grad.clone() for name, p in learner.model.named_parameters() if p.grad is not None})
     assert any("indexer" in name for name in grads[0]) == ("indexer.train=kl" in overrides)
     for other in grads[1:]:
@@ -339,6 +343,54 @@ def test_bf16_weights_are_stepped_on_fp32_masters(folder: Path, tmp_path: Path) 
         master, before
     )  # too small a step for bf16, kept in the master
     assert torch.equal(parameter, master.bfloat16())
+
+
+def test_gradients_of_bf16_weights_are_summed_in_fp32() -> None:
+    """A hundred small gradients beside a large one vanish in bf16, one by one."""
+    weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
+    optimizer = Optimizer([weight], [], LearnerConfig(max_grad_norm=100.0), IndexerOptions())
+    for number in range(101):
+        weight.grad = torch.full_like(weight, 1.0 if number == 0 else 1e-3)
+        optimizer.absorb()
+        if number == 50:
+            optimizer.end_part()
+    optimizer.collect()
+    gradient = optimizer.target(weight).grad
+    assert gradient is not None and weight.grad is None
+    torch.testing.assert_close(gradient, torch.full((4, 4), 1.1), atol=1e-3, rtol=0)
+    optimizer.zero_grad()
+    assert not optimizer.has_gradients
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.dtype=bfloat16", "algorithm.max_mismatch=9")])
+def test_the_gradient_of_each_domain_is_measured_beside_that_of_the_whole(
+    folder: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    domains = [{"name": "d", "source": "x"}, {"name": "e", "source": "x"}]
+    config = make_config({**to_mapping(config_for(folder, tmp_path, *overrides)), "domains": domains})
+
+    def metrics(silent: str) -> dict[str, float]:
+        learner = Learner(config)
+        learner.load()
+        samples = [
+            Sample(
+                trajectory=replace(t, domain="de"[i % 2]),
+                group=i // 2,
+                advantage=0.0 if "de"[i % 2] == silent else (1.5, -1)[i % 2],
+            )
+            for i, t in enumerate(trajectories_of(learner))
+        ]
+        return dict(learner.step(make_batch(samples, step=1, micro_tokens=20)).metrics)
+
+    both, only = metrics(""), {"d": metrics("e"), "e": metrics("d")}  # idle samples stay in the denominators
+    for name in "de":
+        assert both[f"grad_norm_of/{name}"] == pytest.approx(
+            only[name]["grad_norm"], rel=1e-5 if not overrides else 1e-2
+        )
+        assert f"grad_norm_of/{name}" not in only[name]  # one domain's norm is the whole's
+    assert both["grad_share/d"] + both["grad_share/e"] == pytest.approx(1)
+    assert both["grad_norm"] < both["grad_norm_of/d"] + both["grad_norm_of/e"]  # directions differ
+    assert both["grad_norm"] > 0.1 * max(both["grad_norm_of/d"], both["grad_norm_of/e"])
 
 
 def test_a_dense_model_cannot_replay(folder: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from winnow.rl.config import Config, ScheduleConfig, make_config
 from winnow.rl.dynamic import refill
 from winnow.rl.sampler import TaskSampler
-from winnow.rl.schedule import Rollouts
+from winnow.rl.schedule import Rollouts, read_in_flight
 from winnow.rollout.schema import Failure, Group, Request, Sampling, Score, Task, Trajectory
 
 TOKENS = 4
@@ -67,11 +69,11 @@ def run(schedule: ScheduleConfig, seconds: Any, learn_s: float, first: int = 1) 
     """A driver's loop with sleeps for updates: the learner's idle share after the first step, each step's oldest token, the pool."""
     pool = SlowPool(seconds)
     pool.version = first - 1
-    rollouts = Rollouts(pool, lambda step: [request(step, n) for n in range(3)], schedule)
+    rollouts = Rollouts(lambda step: [request(step, n) for n in range(3)], schedule)
     idle, start, staleness = 0.0, 0.0, []
     for step in range(first, schedule.steps + 1):
         before = time.perf_counter()
-        groups = rollouts.take(step)
+        groups = rollouts.take(step, pool)
         if step > first:
             idle += time.perf_counter() - before
         else:
@@ -106,11 +108,11 @@ def test_a_run_that_goes_on_at_a_later_step_and_steps_that_end() -> None:
 
 def test_a_rollout_that_outlives_an_update_has_tokens_of_both_versions() -> None:
     pool = SlowPool(lambda step: 0.2)
-    rollouts = Rollouts(pool, lambda step: [request(step, 0)], ScheduleConfig(kind="one_step_off", steps=2))
-    rollouts.take(1)
+    rollouts = Rollouts(lambda step: [request(step, 0)], ScheduleConfig(kind="one_step_off", steps=2))
+    rollouts.take(1, pool)
     time.sleep(0.1)
     pool.version = 1
-    versions = rollouts.take(2)[0].trajectories[0].policy_versions[1:].tolist()
+    versions = rollouts.take(2, pool)[0].trajectories[0].policy_versions[1:].tolist()
     assert versions == sorted(versions) and set(versions) == {0, 1}
 
 
@@ -119,11 +121,11 @@ def test_a_token_beyond_the_bound_stops_the_run() -> None:
         def generate(self, requests: Sequence[Request]) -> Iterator[Group]:
             yield from (group_of(r, [0] * TOKENS) for r in requests)
 
-    rollouts = Rollouts(Stale(), lambda step: [request(step, 0)], ScheduleConfig(kind="one_step_off", steps=9))
-    rollouts.take(1)
-    rollouts.take(2)
+    rollouts = Rollouts(lambda step: [request(step, 0)], ScheduleConfig(kind="one_step_off", steps=9))
+    rollouts.take(1, Stale())
+    rollouts.take(2, Stale())
     with pytest.raises(RuntimeError, match=r"3/0/0 has tokens of version 0, 2 behind version 2.*allows 1"):
-        rollouts.take(3)
+        rollouts.take(3, Stale())
 
 
 def dynamic_config(rounds: int) -> Config:
@@ -177,3 +179,65 @@ def test_idle_prompts_are_replaced_inside_their_domain() -> None:
         groups,
         {"dynamic/extra_prompts": 0.0, "dynamic/missing": 2.0},
     )
+
+
+class EagerPool:
+    """Finishes everything but `slow` ids at once; `ready` says what has come, as a real pool's iterator does."""
+
+    def __init__(self, slow: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        self.asked: list[str] = []
+        self.slow, self.cancelled = set(slow), 0
+
+    def generate(self, requests: Sequence[Request]) -> Any:
+        self.asked += [r.request_id for r in requests]
+        pool = self
+
+        class Arriving:
+            def __init__(self) -> None:
+                self.left = [group_of(r, [0] * TOKENS) for r in requests]
+
+            def __iter__(self) -> Any:
+                return self
+
+            def __next__(self) -> Group:
+                if not self.left:
+                    raise StopIteration
+                return self.left.pop()
+
+            def ready(self) -> list[Group]:
+                return [group for group in self.left if group.request.request_id not in pool.slow]
+
+            def close(self) -> None:
+                pool.cancelled += len(self.left)
+
+        return Arriving()
+
+
+def test_what_is_in_flight_goes_into_a_checkpoint_and_only_the_rest_is_asked_for_again(tmp_path: Path) -> None:
+    def make(step: int) -> list[Request]:
+        return [request(step, n) for n in range(3)]
+
+    schedule = ScheduleConfig(kind="async", max_staleness=2, steps=9)
+    pool = EagerPool(slow={"2/1", "3/0"})
+    with Rollouts(make, schedule) as rollouts:
+        rollouts.take(1, pool)
+        assert pool.asked == [f"{s}/{n}" for s in (1, 2, 3) for n in range(3)]
+        rollouts.save(tmp_path, 1)
+        kept = {g.request.request_id for g in rollouts.in_flight(0)}
+        assert {"1/0", "1/1", "1/2"} <= kept  # taken but not trained: Ctrl-C between the two loses nothing
+    assert pool.cancelled == 6
+    found = read_in_flight(tmp_path)
+    assert [g.request.request_id for g in found] == ["2/0", "2/2", "3/1", "3/2"]
+    again = EagerPool()
+    rollouts = Rollouts(make, schedule, [*found, group_of(replace(request(4, 0), num_samples=7), [0])])
+    groups = rollouts.take(2, again)
+    assert again.asked == ["2/1", "3/0", "4/0", "4/1", "4/2"]  # 4/0 is another request by now
+    assert [g.request.request_id for g in groups] == ["2/0", "2/1", "2/2"]
+    assert [g.request.request_id for g in rollouts.take(3, again)] == ["3/0", "3/1", "3/2"]
+    assert read_in_flight(None) == [] == read_in_flight(tmp_path / "none")
+
+
+def test_a_checkpoint_of_somebody_elses_cannot_run_code(tmp_path: Path) -> None:
+    (tmp_path / "in_flight.pkl").write_bytes(pickle.dumps([print]))
+    with pytest.raises(ValueError, match=r"names builtins\.print, which is no rollout type"):
+        read_in_flight(tmp_path)

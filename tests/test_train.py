@@ -24,10 +24,11 @@ from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, save
 from winnow.rl import train as driver
 from winnow.rl.checkpoints import list_checkpoints, read_checkpoint
-from winnow.rl.cluster import Cluster
+from winnow.rl.cluster import Cluster, LearnerDied
 from winnow.rl.config import Config, ConfigError, load_config, make_config
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.learner import Learner
+from winnow.rl.metrics import engine_metrics
 from winnow.rl.sampler import TaskSampler, domain_tasks
 from winnow.rl.train import train
 from winnow.rollout import records
@@ -44,6 +45,7 @@ class FakePool:
         self.model = load(folder)
         self.versions: list[int] = []
         self.closed = 0
+        self.reused = 0
         self.on_generate: Callable[[int], None] = lambda call: None
         self.calls = 0
 
@@ -59,6 +61,10 @@ class FakePool:
             yield Group(
                 request=request, trajectories=tuple(self._sample(request, n) for n in range(request.num_samples))
             )
+
+    def stats(self) -> dict[int, dict[str, int]]:
+        self.reused += 7  # since the last step
+        return {0: {"reused_tokens": self.reused, "prefill_tokens": 2 * self.reused, "preemptions": 0}}
 
     def shutdown(self) -> None:
         self.closed += 1
@@ -246,6 +252,117 @@ def test_a_run_ahead_of_the_learner_trains_and_reports_its_staleness(
     assert all(0 <= row["learner/idle_share"] <= 1 for row in rows)
 
 
+class Early:
+    """Groups drawn when they are asked for, and an iterator that says so, as a real pool's does."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Group:
+        if not self.groups:
+            raise StopIteration
+        return self.groups.pop()
+
+    def ready(self) -> list[Group]:
+        return list(self.groups)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_run_ahead_resumes_in_mid_buffer_to_the_bit(make: Callable[..., Any], stop: int) -> None:
+    """Two further steps' groups are drawn and untrained at every checkpoint: the resumed run trains them as they are, and draws none again."""
+    options = (
+        "schedule.kind=async",
+        "schedule.max_staleness=2",
+        "schedule.steps=6",
+        "schedule.save_every=1",
+        "schedule.keep=6",
+    )
+
+    def eager(pool: FakePool) -> list[str]:
+        asked, draw = [], pool.generate
+
+        def generate(requests: Sequence[Request]) -> Early:
+            asked.extend(r.request_id for r in requests)
+            return Early(list(draw(requests)))
+
+        pool.generate = generate  # type: ignore[method-assign, assignment]
+        return asked
+
+    config, cluster, pool = make("name=straight", *options)
+    first = eager(pool)
+    straight = load(train(config, cluster, lambda text: None)["checkpoint"]).state_dict()
+    again, cluster, pool = make("name=again", "resume=true", *options)
+    second = eager(pool)
+    name = f"checkpoints/step-{stop:06d}"
+    shutil.copytree(config.folder / name, again.folder / name)
+    (again.folder / "metrics.jsonl").write_text((config.folder / "metrics.jsonl").read_text())
+    tensors = load(train(again, cluster, lambda text: None)["checkpoint"]).state_dict()
+    assert all(torch.equal(straight[name], tensors[name]) for name in straight)
+    assert timeless(again) == timeless(config)
+    assert second == [name for name in first if int(name.split("/")[0].removeprefix("step-")) > stop + 2]
+
+
+def test_the_best_checkpoint_by_held_out_reward_is_kept_beside_the_newest(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter((0.1, 0.2, 0.9, 0.3, 0.3))
+    monkeypatch.setattr(driver, "holdout_metrics", lambda config, generate, step: {"eval/math_reward": next(found)})
+    config, cluster, _ = make("schedule.eval_every=1", "schedule.save_every=0", "schedule.keep=1")
+    result = train(config, cluster, lambda text: None)
+    names = [path.name for path in list_checkpoints(config.folder / "checkpoints")]
+    assert names == ["step-000002", "step-000004"] and result["best"].endswith("step-000002")
+    assert read_checkpoint(Path(result["best"])).meta["held_out"] == 0.9
+
+
+class Dying:
+    """A learner whose process is gone at a step, once."""
+
+    def __init__(self, learner: Learner, at: int) -> None:
+        self.learner, self.at = learner, at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.learner, name)
+
+    def step(self, batch: Any) -> Any:
+        if batch.step == self.at:
+            self.at = -1
+            raise LearnerDied("the learner's rank 1 of 2 died during step")
+        return self.learner.step(batch)
+
+
+def test_a_dead_learner_is_replaced_where_asked_and_the_run_is_the_same(make: Callable[..., Any]) -> None:
+    config, cluster, _ = make("name=straight", "schedule.save_every=1", "schedule.keep=4", "schedule.eval_every=4")
+    straight = load(train(config, cluster, lambda text: None)["checkpoint"]).state_dict()
+    for at in (1, 3):  # before the first checkpoint, and after one
+        config2, plain, pool = make(
+            f"name=dies-{at}", "schedule.save_every=2", "learner.restarts=1", "schedule.eval_every=4"
+        )
+        revived: list[int] = []
+        dying = Dying(plain.learner, at)
+
+        def revive(dying: Any = dying, revived: list[int] = revived) -> Any:
+            revived.append(1)
+            return dying
+
+        lent = Cluster(dying, pool, lambda: None, revive)  # type: ignore[arg-type]
+        said: list[str] = []
+        result = train(config2, lent, said.append)
+        assert (
+            revived == [1]
+            and result["status"] == "done"
+            and any("started again (restart 1 of 1)" in text for text in said)
+        )
+        tensors = load(result["checkpoint"]).state_dict()
+        assert all(torch.equal(straight[name], tensors[name]) for name in straight)
+        assert [row["step"] for row in lines(config2)] == [0, 1, 2, 3, 4]
+    config3, plain, pool = make("name=fails")
+    with pytest.raises(LearnerDied, match="rank 1 of 2"):
+        train(config3, Cluster(Dying(plain.learner, 2), pool), lambda text: None)  # type: ignore[arg-type]
+
+
 def test_ctrl_c_in_a_rollout_saves_and_resume_goes_on(make: Callable[..., Any]) -> None:
     config, cluster, pool = make("schedule.save_every=0")
     pool.on_generate = lambda call: os.kill(os.getpid(), signal.SIGINT) if call == 3 else None
@@ -323,3 +440,24 @@ def test_the_driver_stays_readable() -> None:
     source = Path(driver.__file__).read_text()
     assert len(source.splitlines()) <= 100
     assert "──>" in (ast.get_docstring(ast.parse(source)) or "")
+
+
+def test_metrics_of_the_engines_and_of_the_records(make: Callable[..., Any]) -> None:
+    """Packed bytes by trained token, and what was found in the cache since the step before, also after a worker was replaced."""
+    config, cluster, _ = make("schedule.steps=2")
+    train(config, cluster, lambda text: None)
+    for line in lines(config):
+        assert line["engine/reused_tokens"] == 7 and line["engine/reused_share"] == pytest.approx(1 / 3, abs=1e-5)
+        rows, samples = json_rows(config, line["step"]), 24
+        assert len(rows) == samples
+        packed, trained = sum(row["index_record_bytes"] for row in rows), sum(sum(row["loss_mask"]) for row in rows)
+        assert line["index_record/bytes_per_token"] == pytest.approx(packed / trained, rel=1e-5)
+        raw = sum(4 * 2 * (len(row["tokens"]) - 1 - 4) * 4 for row in rows)  # 2 layers, k 4
+        assert line["index_record/share_of_int32"] == pytest.approx(packed / raw, rel=1e-5)
+    before, now = {0: {"reused_tokens": 90}}, {0: {"reused_tokens": 5, "prefill_tokens": 15}, 1: {"reused_tokens": 5}}
+    assert engine_metrics(before, now)["engine/reused_tokens"] == 10  # worker 0 is another process now
+
+
+def json_rows(config: Config, step: int) -> list[dict[str, Any]]:
+    path = config.folder / "samples" / f"step-{step:06d}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,40 @@
+"""A learner that dies is replaced, where the config asks for it: new processes, the last checkpoint, the same run.
+
+train ─ LearnerDied ─> learner processes anew (the workers stay up where the cluster was lent) ─> train with resume=true
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from winnow.rl.cluster import Cluster, LearnerDied
+from winnow.rl.config import Config
+
+Train = Callable[..., dict[str, Any]]
+
+
+def restarted(train: Train) -> Train:
+    """Lets a driver go on up to learner.restarts times after its learner died. Any other failure, and one death more, is raised."""
+
+    @functools.wraps(train)
+    def run(
+        config: Config, cluster: Cluster | None = None, progress: Callable[[str], object] = print
+    ) -> dict[str, Any]:
+        for left in reversed(range(config.learner.restarts + 1)):
+            try:
+                return train(config, cluster, progress)
+            except LearnerDied as death:
+                if not left:
+                    raise
+                progress(
+                    f"{death}\nthe learner is started again (restart {config.learner.restarts - left + 1} of {config.learner.restarts})"
+                )
+            if cluster is not None:
+                cluster.revive()
+            config = dataclasses.replace(config, resume=True)
+        raise AssertionError("the last attempt returns or raises")
+
+    return run
