@@ -113,7 +113,8 @@ class Decoding:
         self._copying: tuple[Any, Tensor, np.ndarray, Tensor] | None = (
             None  # when done, from, to, what must live until then
         )
-        self._side = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self._side = torch.cuda.Stream() if self.device.type == "cuda" else None  # copies of sets
+        self.branch = torch.cuda.Stream() if capture else None  # of a graph: sets beside the layer's projections
         self.graphs = 0
 
     def run(self, state: Slots, slots: np.ndarray, draws: bool, records: bool) -> Stepped:
@@ -222,6 +223,7 @@ class Decoding:
             faults=y["flags"][:1],
             fused=self.fused,
             exact=self.exact,
+            side=self.branch if self.fused else None,
         )
         hidden = hidden_states(self.model, x["ids"], context)
         logits = ops.linear(hidden, lm_head_weight(self.model), None, self.exact)
