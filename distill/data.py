@@ -64,6 +64,7 @@ class Row:
     index: Mapping[str, float] = field(default_factory=dict)
     tokenizer: str = ""
     selection: Mapping[str, float] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template that it was drawn with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +195,7 @@ def make_row(group: Group, trajectory: Trajectory, score: Score, provenance: Pro
         num_generated=trajectory.num_generated,
         index=index_stats(trajectory.index_record),
         tokenizer=provenance.tokenizer,
+        template=dict(group.request.template),
     )
 
 

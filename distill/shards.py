@@ -84,7 +84,7 @@ def _damaged(path: Path, what: str) -> str:
 def _sampled(values: dict[str, Any]) -> Sampled:
     names = {f.name for f in fields(Row)}
     rows = [
-        None if row is None else Row(**{**{k: row[k] for k in names}, "messages": tuple(row["messages"])})
+        None if row is None else Row(**{**{k: row[k] for k in names if k in row}, "messages": tuple(row["messages"])})
         for row in values["rows"]
     ]
     return Sampled(

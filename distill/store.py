@@ -52,7 +52,8 @@ def write_parquet(plain: Sequence[dict[str, Any]], path: Path) -> bool:
         import pyarrow.parquet
     except ImportError:
         return False
-    columns = {key: [row[key] or None if key in NESTED else row[key] for row in plain] for key in plain[0]}
+    structs = (*NESTED, "template")
+    columns = {key: [row[key] or None if key in structs else row[key] for row in plain] for key in plain[0]}
     # a struct without fields cannot be stored: a column that is empty in every row is left out
     table = pyarrow.table(
         {key: column for key, column in columns.items() if any(value is not None for value in column)}
@@ -109,6 +110,8 @@ def fault(row: dict[str, Any]) -> str | None:
     for key in NESTED:
         if not isinstance(row.get(key, {}), dict):
             return f"field {key!r} is {row[key]!r}, but it must be an object of numbers"
+    if not isinstance(row.get("template", {}), dict):
+        return f"field 'template' is {row['template']!r}, but it must be an object of options"
     if not isinstance(row.get("tokenizer", ""), str):
         return f"field 'tokenizer' is {row['tokenizer']!r}, but it must be a text"
     if not isinstance(row["reward"], int | float) or not math.isfinite(row["reward"]):

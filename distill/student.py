@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from winnow.rollout.schema import Message
 
 
 class Template(Protocol):
-    def render(self, messages: Sequence[Message]) -> tuple[Sequence[int], Sequence[bool]]:
-        """Token ids and loss mask of a whole conversation, equally long."""
+    def render(
+        self, messages: Sequence[Message], options: Mapping[str, Any] = {}
+    ) -> tuple[Sequence[int], Sequence[bool]]:
+        """Token ids and loss mask of a whole conversation, equally long; `options` of the chat template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +56,18 @@ class Packed:
 
 
 def make_example(
-    messages: Sequence[Message], template: Template, domain: str = "", row_id: str = "", prompt_messages: int = 0
+    messages: Sequence[Message],
+    template: Template,
+    domain: str = "",
+    row_id: str = "",
+    prompt_messages: int = 0,
+    options: Mapping[str, Any] = {},
 ) -> Example:
-    """One conversation as tokens. Nothing within its first `prompt_messages` messages is learned."""
-    ids, mask = template.render(messages)
+    """One conversation as tokens, by the template with these options. Nothing within its first `prompt_messages` messages is learned."""
+    ids, mask = template.render(messages, options)
     tokens, loss_mask = np.asarray(ids, np.int32), np.array(mask, bool)
     if any(message["role"] == "assistant" for message in messages[:prompt_messages]):
-        prompt = np.asarray(template.render(messages[:prompt_messages])[0], np.int32)
+        prompt = np.asarray(template.render(messages[:prompt_messages], options)[0], np.int32)
         same = min(len(prompt), len(tokens))
         if not np.array_equal(prompt[:same], tokens[:same]):
             raise ValueError(
@@ -79,7 +86,7 @@ def make_examples(
     """
     examples, too_long, shortest = [], Counter[str](), 0
     for row in rows:
-        example = make_example(row.messages, template, row.domain, row.id, row.prompt_messages)
+        example = make_example(row.messages, template, row.domain, row.id, row.prompt_messages, row.template)
         if max_tokens is not None and len(example) > max_tokens:
             too_long[row.domain] += 1
             shortest = min(shortest or len(example), len(example))

@@ -4,6 +4,9 @@
 
 A = sum over heads of exp(q . k scale - lse) needs no pass of its own: with the attention's own lse every row of A sums to H. A slice
 keeps I in fp32, G and the shares in the inputs' dtype, for as many (query, key) pairs as SLICE_BYTES holds. No float atomics.
+
+Where a slice begins is not specialised, here and in the other kernels of slices: a kernel would be compiled anew for each kind of number
+(1, a multiple of 16, another) that it meets. At 32K, with dozens of slices, that took longer than the step.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def _tile(owner, offsets, first, rows, keys, begin, shift, BLOCK_Q: tl.constexpr
     return entry, row0, num, key, place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
 def _scores(
     q, k, w, keys, offsets, owner, first, rows, scores, begin, shift,
     HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -92,7 +95,7 @@ def _scores(
     tl.store(scores + place, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
 def _normalise(
     scores, keys, bits, offsets, first, rows, norm, begin, shift,
     DENSE: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -124,7 +127,7 @@ def _normalise(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
 def _compare(
     attn_q, attn_k, lse, scores, norm, keys, bits, offsets, owner, first, rows, slope, loss, begin, shift, scale,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -148,7 +151,7 @@ def _compare(
     tl.store(slope + place, tl.where(chosen, tl.exp(model) - target, 0.0).to(slope.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["offsets"])
 def _query_gradient(
     q, k, w, slope, keys, offsets, first, rows, dq, dw, begin, blocks, shift,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -185,7 +188,7 @@ def _query_gradient(
     tl.store(dw + row, by_weight, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
 def _key_gradient(
     q, k, w, slope, keys, offsets, owner, first, rows, parts, begin, shift,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -122,7 +122,7 @@ def _query_blocks(bounds: tuple[int, ...], size: int, device: str, keys: tuple[t
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _mark(
     indices, row_origin, bitmap, first_row, index_stride, words,
     K: tl.constexpr, BLOCK: tl.constexpr,
@@ -149,7 +149,7 @@ def _either(a, b):
     return a | b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "first_row"])
 def _union(bitmap, first, rows, union, counts, begin, first_row, words, SIZE: tl.constexpr, BLOCK_W: tl.constexpr):
     """OR of the block's rows: union int32 [blocks, words]; counts int32 [blocks]: bits in it."""
     block = tl.program_id(0)
@@ -166,7 +166,7 @@ def _union(bitmap, first, rows, union, counts, begin, first_row, words, SIZE: tl
     tl.store(counts + block, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "first_row"])
 def _fill(
     bitmap, union, first, rows, origin, offsets, keys, bits, begin, first_row, words,
     SIZE: tl.constexpr, BLOCK_W: tl.constexpr, UNIT: tl.constexpr,

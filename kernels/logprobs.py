@@ -20,7 +20,7 @@ CHUNK_VOCABULARY = 4096
 Kept = tuple[Tensor, Tensor]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "low"])
 def _mark_kept(indptr, ids, bitmap, first_row, low, high, words, BLOCK: tl.constexpr):
     """Bits of a chunk's tokens in each row's kept set: bitmap int32 [rows, words]; a row without a set has every bit."""
     row = tl.program_id(0).to(tl.int64)
@@ -46,7 +46,7 @@ def _load_logits(logits, bitmap, row, words, v, width, KEPT: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "low"])
 def _fold(
     logits, bitmap, targets, temperature, top, total, mean, chosen, first_row, low, width, words, BLOCK: tl.constexpr, KEPT: tl.constexpr
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _fold(
         tl.store(chosen + at, z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "low"])
 def _slope(
     logits, bitmap, targets, temperature, lse, entropy, grad_logprob, grad_entropy, grad, first_row, low, width, words,
     BLOCK: tl.constexpr, KEPT: tl.constexpr,

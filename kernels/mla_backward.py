@@ -187,8 +187,11 @@ class _MlaAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = absolute(selection, cu_seqlens, len(q))
         out, lse = mla_prefill(q, kv, rows, scale)
-        ctx.save_for_backward(q, kv, out, lse, cu_seqlens)
-        ctx.selection, ctx.scale = selection, scale
+        sets = () if selection is None else (selection.indices, selection.counts)
+        ctx.save_for_backward(
+            q, kv, out, lse, cu_seqlens, *sets
+        )  # not in attributes: checkpointing lets go of tensors only
+        ctx.scale = scale
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -197,8 +200,8 @@ class _MlaAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None
-        q, kv, out, lse, cu_seqlens = ctx.saved_tensors
-        rows = absolute(ctx.selection, cu_seqlens, len(q))
+        q, kv, out, lse, cu_seqlens, *sets = ctx.saved_tensors
+        rows = absolute(Selection(*sets) if sets else None, cu_seqlens, len(q))
         return *mla_backward(grad, q, kv, out, lse, rows, ctx.scale), None, None, None
 
 

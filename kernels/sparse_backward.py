@@ -22,7 +22,7 @@ from winnow.kernels.sparse_prefill import capability, plan_for, row_places, spar
 PARTS_BYTES = 1 << 31
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["offsets"])
 def _backward(
     q, k, v, out, grad, lse, dq, parts, sums, keys, bits, offsets, first, rows, origin, begin, blocks, shift, scale,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -129,6 +129,8 @@ def sparse_backward(
 
 
 class _SparseAttention(torch.autograd.Function):
+    """Sets and lists are saved as tensors are: what a context holds in attributes would outlive a checkpointed layer's forward."""
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, selection: Selection | None, scale: float
@@ -136,9 +138,12 @@ class _SparseAttention(torch.autograd.Function):
         kept: list[Lists] = []
         wanted = kept if any(ctx.needs_input_grad[:3]) else None
         out, lse = sparse_prefill(q, k, v, cu_seqlens, selection, scale, wanted)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.selection, ctx.scale = selection, scale
-        ctx.kept = all_kept(kept)  # None: they are made again in the backward
+        sets = () if selection is None else (selection.indices, selection.counts)
+        whole = all_kept(kept) or []  # none: they are made again in the backward
+        parts = [x for lists in whole for x in (lists.keys, lists.offsets, lists.bits)]
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, *sets, *parts)
+        ctx.scale, ctx.num_sets = scale, len(sets)
+        ctx.pieces = [(lists.blocks, lists.begin, lists.end, lists.ends) for lists in whole]
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -147,8 +152,14 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None, None
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        grads = sparse_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.selection, ctx.scale, kept=ctx.kept)
+        q, k, v, out, lse, cu_seqlens, *rest = ctx.saved_tensors
+        selection = Selection(rest[0], rest[1]) if ctx.num_sets else None
+        parts = rest[ctx.num_sets :]
+        kept = [
+            Lists(blocks, begin, end, parts[3 * i], parts[3 * i + 1], parts[3 * i + 2], ends)
+            for i, (blocks, begin, end, ends) in enumerate(ctx.pieces)
+        ]
+        grads = sparse_backward(grad, q, k, v, out, lse, cu_seqlens, selection, ctx.scale, kept=kept or None)
         return *grads, None, None, None
 
 

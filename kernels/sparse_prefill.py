@@ -46,7 +46,7 @@ def tile_mask(
     return chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "blocks"])
 def _forward(
     q, k, v, out, lse, keys, bits, offsets, first, rows, origin, shift, begin, blocks, scale_log2,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,

@@ -158,8 +158,11 @@ class _PackedAttention(torch.autograd.Function):
             padded_out, padded_lse = _forward_batch(batch.pad(q), batch.pad(k), batch.pad(v), tiles, scale)
             batch.unpad_into(out, padded_out)
             batch.unpad_into(raw, padded_lse)
-        ctx.save_for_backward(q, k, v, out, raw, cu_seqlens)
-        ctx.selection, ctx.scale = selection, scale
+        sets = () if selection is None else (selection.indices, selection.counts)
+        ctx.save_for_backward(
+            q, k, v, out, raw, cu_seqlens, *sets
+        )  # not in attributes: checkpointing lets go of tensors only
+        ctx.scale = scale
         lse = raw if selection is None else raw.masked_fill((selection.counts == 0)[:, None], -torch.inf)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -169,10 +172,11 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None, None
-        q, k, v, out, raw, cu_seqlens = ctx.saved_tensors
+        q, k, v, out, raw, cu_seqlens, *sets = ctx.saved_tensors
+        selection = Selection(*sets) if sets else None
         grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         for batch in batches(cu_seqlens):
-            tiles = _Tiles(batch, ctx.selection, _mask_dtype(q))
+            tiles = _Tiles(batch, selection, _mask_dtype(q))
             qb, kb, vb, ob, lb = (batch.pad(x) for x in (q, k, v, out, raw))
             gb = batch.pad(grad)
             if batch.span is None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 import numbers
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,7 @@ from winnow.rollout.schema import Failure, Group, Reward, Score, Task, Trajector
 
 OVERLONG_BUFFER = 0.25  # the last quarter of the token budget is where the length penalty grows
 DETAIL = 300  # characters of an exception kept in a Failure
+WAIT_S = 1800.0  # for all parallel verdicts of a step; the pools behind them have closer limits of their own
 THREADS = 32  # that wait for parallel rewards; the pools behind them decide how much runs at once
 EXPECTED = ("abort", "not_applicable")  # kinds that are no fault of a grader's
 FEWEST = 8  # samples below which a share of failures says nothing
@@ -126,7 +129,11 @@ def grade(
 def verdicts_of(rewards: Sequence[Reward], groups: Sequence[Group]) -> list[list[Score | Failure]]:
     """A verdict per trajectory of every group. Parallel rewards run in threads while the others are computed here."""
     parallel = sum(len(g.trajectories) for r, g in zip(rewards, groups, strict=True) if getattr(r, "parallel", False))
-    with ThreadPoolExecutor(max(1, min(THREADS, parallel)), thread_name_prefix="grade") as threads:
+    threads, until = (
+        ThreadPoolExecutor(max(1, min(THREADS, parallel)), thread_name_prefix="grade"),
+        time.monotonic() + WAIT_S,
+    )
+    try:
         started = [
             submit(threads, *pair) if getattr(pair[0], "parallel", False) else None
             for pair in zip(rewards, groups, strict=True)
@@ -134,15 +141,35 @@ def verdicts_of(rewards: Sequence[Reward], groups: Sequence[Group]) -> list[list
         return [
             grade_group(reward, group)
             if futures is None
-            else [verdict for future in futures for verdict in future.result()]
+            else [verdict for part, future in futures for verdict in awaited(future, part, until)]
             for reward, group, futures in zip(rewards, groups, started, strict=True)
         ]
+    finally:
+        threads.shutdown(
+            wait=False, cancel_futures=True
+        )  # a thread that is stuck must not hold up what has been graded
 
 
-def submit(threads: ThreadPoolExecutor, reward: Reward, group: Group) -> list[Future[list[Score | Failure]]]:
-    if hasattr(reward, "grade_group"):
-        return [threads.submit(grade_group, reward, group)]
-    return [threads.submit(grade_group, reward, replace(group, trajectories=(t,))) for t in group.trajectories]
+def awaited(future: Future[list[Score | Failure]], group: Group, until: float) -> list[Score | Failure]:
+    """The verdicts of a part of a group; a Failure for each where they have not come by then (monotonic seconds)."""
+    try:
+        return future.result(timeout=max(0.0, until - time.monotonic()))
+    except FutureTimeout:
+        if future.done():
+            return future.result()  # the reward's own TimeoutError, or verdicts that came just now
+        task = group.request.task
+        late = Failure(
+            kind="timeout", detail=f"reward {task.reward!r} of task {task.id!r}: no verdict within {WAIT_S:g} s"
+        )
+        return [late] * len(group.trajectories)
+
+
+def submit(
+    threads: ThreadPoolExecutor, reward: Reward, group: Group
+) -> list[tuple[Group, Future[list[Score | Failure]]]]:
+    whole = hasattr(reward, "grade_group")
+    parts = [group] if whole else [replace(group, trajectories=(t,)) for t in group.trajectories]
+    return [(part, threads.submit(grade_group, reward, part)) for part in parts]
 
 
 def grade_group(reward: Reward, group: Group) -> list[Score | Failure]:

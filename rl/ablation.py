@@ -12,6 +12,7 @@
 With needle_steps= the dense model learns to find needles before all of this. Every row sees the same data in the same order.
 OUT/table.json and OUT/table.md hold the table as far as it has come, OUT/k<first> the converted model. What is done lies in OUT/done, and
 the same command goes on after it; --limit-s ends the table before a row that would not be done in time, and names the rows that are missing.
+With --recipe-only there are the control and the recipe at each k, and no more.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ class Table:
     """One model on one device, put back to its dense weights before every row."""
 
     def __init__(
-        self, model_path: str, out: Path, options: ConvertOptions, ks: Sequence[int], progress: Progress, limit_s: float | None = None
+        self, model_path: str, out: Path, options: ConvertOptions, ks: Sequence[int], progress: Progress, limit_s: float | None = None,
+        recipe_only: bool = False,
     ) -> None:  # fmt: skip
         if not ks or max(ks) >= options.seq_len:
             raise ValueError(
                 f"the table's k are {list(ks)}, but each must be below seq_len={options.seq_len}, or nothing is selected"
             )
         self.begin, self.say, self.limit = time.monotonic(), progress, limit_s
+        self.recipe_only = recipe_only
         self.name, self.out, self.ks = str(model_path), out, list(ks)
         self.options = dataclasses.replace(options, top_k=self.ks[0])
         torch.manual_seed(options.seed)
@@ -98,6 +101,8 @@ class Table:
         yield "dense, same training", self.control
         for k in self.ks:
             yield f"recipe, k {k}", partial(self.recipe_rows, dataclasses.replace(first, top_k=k))
+        if self.recipe_only:
+            return
         yield "warm-up only", partial(self.trained_row, "warm-up only", first, sparse=False)
         yield "no warm-up", partial(self.trained_row, "no warm-up", first, warm=False)
         yield (
@@ -213,9 +218,10 @@ class Table:
         name, k = f"recipe, k {options.top_k}", options.top_k
         warm, _ = self.warmed(options)
         curves, times = self.sparse(name, options)
-        row, kept = self.report(name, options, ("dense", "indexer", "random", "recent"))
+        floors = () if self.recipe_only else ("random", "recent")
+        row, kept = self.report(name, options, ("dense", "indexer", *floors))
         rows = [row | times]
-        for floor in ("random", "recent"):
+        for floor in floors:
             rows.append({"name": f"{floor} {k}", "k": k, "perplexity": kept["perplexity"][floor],
                          "recall": kept["recall"][floor]["mean"], "needles": _as_sparse(kept["needles"], floor)})  # fmt: skip
         if k == self.options.top_k:
@@ -392,8 +398,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 def convert_table(
     model_path: str, out: str | Path, options: ConvertOptions, ks: Sequence[int], progress: Progress = print,
-    limit_s: float | None = None,
+    limit_s: float | None = None, recipe_only: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs the whole table; see the module's docstring. Raises ValueError before anything is trained."""
+    """Runs the table, whole or down to the recipe; see the module's docstring. Raises ValueError before anything is trained."""
     assert max(SHARES) <= share.REACH
-    return Table(model_path, Path(out), options, ks, progress, limit_s).run()
+    return Table(model_path, Path(out), options, ks, progress, limit_s, recipe_only).run()

@@ -93,6 +93,9 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         metavar="S",
         help="--table: leave out what would take longer; the same command goes on",
     )
+    convert.add_argument(
+        "--recipe-only", action="store_true", help="--table: the dense control and the recipe at each k, nothing else"
+    )
     for name, shipped, text in (
         ("train", "coding, smollm2, train", "one RL run: a specialist or the mixed stage"),
         (
@@ -151,6 +154,13 @@ def add_use(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
         verb.add_argument("--max-tokens", type=positive, default=tokens, help=f"new tokens a turn ({tokens})")
         verb.add_argument("--seed", type=int, default=0)
+        verb.add_argument(
+            "--template-option",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="of the model's chat template, e.g. enable_thinking=false; may be repeated",
+        )
         verb.add_argument("--batch", type=positive, help="sequences that decode together (64, on a GPU 512)")
         verb.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
         verb.add_argument("--device", default="auto", help="cpu, cuda, ... (a GPU where there is one)")
@@ -233,6 +243,9 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     report = verbs.add_parser("report", help="write the page of a run or a pipeline")
     report.add_argument("run", help="a run folder")
     report.add_argument("--out", help="the file to write (RUN/report.html)")
+    report.add_argument(
+        "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
+    )
 
 
 def positive(text: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from typing import Any, Protocol
 
 from winnow.rl.checkpoints import Checkpoint
 from winnow.rl.config import Config, ConfigError
+from winnow.rl.metrics import engine_metrics
 from winnow.rl.run import code_version
+from winnow.rl.watch import watch_learner
 from winnow.rollout.schema import Group, Request
 
 HERE = "here"
@@ -52,8 +55,11 @@ class Cluster:
         pool: Any,
         on_close: Callable[[], None] | None = None,
         on_revive: Callable[[], LearnerLike] | None = None,
+        watching: threading.Event | None = None,
     ) -> None:
         self.learner, self.pool, self._on_close, self._on_revive = learner, pool, on_close, on_revive
+        self._watching = watching
+        self._stats: dict[int, dict[str, int]] = {}
 
     def revive(self) -> None:
         """A new learner in the place of one that died: `start` loads what it holds. The pool stays as it is."""
@@ -73,9 +79,21 @@ class Cluster:
         order = {request.request_id: number for number, request in enumerate(requests)}
         return sorted(self.pool.generate(requests), key=lambda group: order[group.request.request_id])
 
+    def engine_metrics(self) -> dict[str, float]:
+        """What the engines did since the last call."""
+        before, self._stats = self._stats, self.pool.stats()
+        return engine_metrics(before, self._stats)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the learner's processes are there, as far as Ray knows."""
+        return bool(getattr(self.learner, "alive", True))
+
     def close(self) -> None:
         """Ends every process this cluster started. Safe to call twice."""
         on_close, self._on_close = self._on_close, None
+        if self._watching is not None:
+            self._watching.set()
         if on_close is not None:
             self.pool.shutdown()
             on_close()
@@ -119,6 +137,18 @@ class RemoteLearner:
 
     def save(self, folder: str | Path, state: bool = True) -> None:
         self._get("save", str(Path(folder).resolve()), state)
+
+    @property
+    def alive(self) -> bool:
+        import ray
+
+        try:
+            ray.get([actor.address.remote() for actor in self.actors], timeout=DEATH_GRACE_S)
+        except ray.exceptions.RayActorError:
+            return False
+        except ray.exceptions.GetTimeoutError:
+            return True  # busy
+        return True
 
     def join(self) -> None:
         """Brings the ranks together in one process group, at an address of the first one's machine."""
@@ -226,8 +256,11 @@ def connect(config: Config) -> Iterator[Cluster]:
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
-    """Ray for this process: started here, joined at cluster.address or RAY_ADDRESS, or the one already there, which is left running."""
+def ray_session(config: Config, copies: int = 1) -> Iterator[None]:
+    """Ray for this process: started here, joined at cluster.address or RAY_ADDRESS, or the one already there, which is left running.
+
+    One that is started here has logical CPUs for `copies` clusters of the config.
+    """
     # Otherwise ray.init() writes a token file into the home folder, and later `ray job submit` wants it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, else it warns at every start
@@ -241,7 +274,7 @@ def ray_session(config: Config) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "winnow", "log_to_driver": False}
     if address is None:
         # Logical CPUs: a laptop with fewer cores than threads asked for runs too, only slower.
-        cpus = max(os.cpu_count() or 1, sum(bundle["CPU"] for bundle in bundles(config)))
+        cpus = max(os.cpu_count() or 1, copies * sum(bundle["CPU"] for bundle in bundles(config)))
         options |= {"include_dashboard": False, "num_cpus": cpus, "address": "local"}
     else:
         options["address"] = address
@@ -289,6 +322,14 @@ def bundles(config: Config) -> list[dict[str, float]]:
         {name: amount for name, amount in bundle.items() if amount}
         for bundle in (*[learner] * config.learner.ranks, *[worker] * config.rollout.workers)
     ]
+
+
+def has_room(config: Config) -> bool:
+    """Whether the cluster has enough free at this moment for one more learner and pool of this config."""
+    import ray
+
+    free, wanted = ray.available_resources(), bundles(config)
+    return all(free.get(name, 0.0) >= sum(bundle.get(name, 0.0) for bundle in wanted) for name in ("CPU", "GPU"))
 
 
 @contextmanager
@@ -343,7 +384,9 @@ def build(config: Config, learner_group: Any, worker_group: Any) -> Cluster:
     except BaseException:
         close()
         raise
-    return Cluster(learner, pool, close, start)
+    # A learner that may be started again leaves the pool as it is.
+    watching = None if config.learner.restarts else watch_learner(actors, pool.shutdown)
+    return Cluster(learner, pool, close, start, watching)
 
 
 def _learner_actors(config: Config, group: Any) -> list[Any]:
@@ -385,6 +428,9 @@ def worker_spec(config: Config) -> Any:
         keep_kept_sets=config.algorithm.keep_kept_sets,
         selector=config.indexer.selector,
         cuda_graphs=rollout.cuda_graphs,
+        reuse_prefixes=rollout.reuse_prefixes,
+        on_update=rollout.on_update,
+        drain_timeout_s=rollout.drain_timeout_s,
     )
     return WorkerSpec(
         model=config.model.path,
@@ -400,8 +446,11 @@ def make_pool(config: Config, places: Sequence[Any]) -> Any:
     """The rollout pool, an actor for each scheduling strategy of `places`. Returns once all of them are up."""
     from winnow.rollout.pool import Pool, PoolLimits
 
+    drain_s = config.rollout.drain_timeout_s if config.rollout.on_update == "drain" else 0.0
     limits = PoolLimits(
-        request_timeout_s=config.rollout.request_timeout_s, start_timeout_s=config.cluster.start_timeout_s
+        request_timeout_s=config.rollout.request_timeout_s,
+        start_timeout_s=config.cluster.start_timeout_s,
+        load_timeout_s=PoolLimits().load_timeout_s + drain_s,
     )
     options = [{"num_gpus": config.cluster.worker_gpus, "scheduling_strategy": place} for place in places]
     return Pool(worker_spec(config), options, limits=limits)

@@ -20,6 +20,15 @@ from typing import Any, TypeVar, cast
 from winnow.rl.config_fields import ConfigError, check_keys, check_ranges, choice, number
 
 Section = TypeVar("Section")
+PIPELINE_KEYS = (
+    "run",
+    "specialist",
+    "specialists",
+    "student",
+    "mixed",
+    "stages",
+    "floors",
+)  # no keys of one run's config
 RECORDING_ENGINES = ("native",)  # engines that return index records
 
 
@@ -54,6 +63,7 @@ class DomainConfig:
         default_factory=dict
     )  # reward parts with weights: each normalised in its group, then summed (GDPO); empty: the reward itself
     environment: str | None = None  # for rows of a file: where their episodes take place
+    template: dict = field(default_factory=dict)  # options of the chat template, e.g. {enable_thinking: false}
     length_penalty: float = number(0.0, low=0)  # weight of the soft overlong penalty
     script: str = "latin"  # what replies should be written in, for language_penalty: latin, cyrillic, cjk, ...
     language_penalty: float = number(0.0, low=0)  # for all letters in another script
@@ -79,6 +89,13 @@ class RolloutConfig:
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU
     record_indices: bool = True  # carry the selected sets with every trajectory: for index/jaccard and for replay
     request_timeout_s: float = number(600.0, low=0, open_low=True)
+    reuse_prefixes: bool = (
+        True  # a prompt starts behind what earlier requests left of it in the cache, within one version
+    )
+    on_update: str = choice(
+        "recompute", "recompute", "drain"
+    )  # new weights: live samples go on under them at once, or end under the old ones first
+    drain_timeout_s: float = number(300.0, low=0, open_low=True)  # how long an update waits for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +241,10 @@ class Config:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with `key=value` overrides. Raises ConfigError naming the file, the key and the remedy."""
-    return make_config(read_values(path), overrides)
+    values = read_values(path)
+    if of_pipeline := [key for key in PIPELINE_KEYS if key in values]:
+        raise ConfigError(f"{path} is the config of a pipeline (it has {of_pipeline[0]!r}): winnow pipeline {path}")
+    return make_config(values, overrides)
 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -382,7 +402,12 @@ def to_yaml(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """12 hex digits that name the configuration; where a run is kept and whether it resumes do not count."""
-    values = {key: value for key, value in to_mapping(config).items() if key not in ("runs_dir", "resume", "cluster")}
+    return values_hash(to_mapping(config))
+
+
+def values_hash(mapping: Mapping[str, Any]) -> str:
+    """`config_hash` of a configuration that was written as YAML, whatever keys this version has."""
+    values = {key: value for key, value in mapping.items() if key not in ("runs_dir", "resume", "cluster")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

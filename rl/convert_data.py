@@ -139,15 +139,22 @@ def first_tokens(sequences: list[list[int]], tokens: int) -> list[list[int]]:
 def with_needles(
     sequences: list[list[int]], tokenizer: Any, share: float, num_needles: int, seed: int
 ) -> list[list[int]]:
-    """The sequences, `share` of those with room for it made into texts with `num_needles` facts and questions (`needles.py`)."""
-    from winnow.rl.needles import make_haystack, room_needed
+    """The sequences, `share` of those with room for it made into texts with facts and questions (`needles.py`).
+
+    Each holds `num_needles` of them or more, up to a quarter of its tokens: only the questions' rows teach an indexer to find a fact, and
+    with 16 of them they are one row in forty of a text of 8K.
+    """
+    from winnow.rl.needles import densest, make_haystack, room_needed
 
     rng = random.Random(seed + 17)
     room = 2 * room_needed(tokenizer, num_needles)
-    return [
-        make_haystack(tokenizer, s, len(s), num_needles, rng).tokens if len(s) >= room and rng.random() < share else s
-        for s in sequences
-    ]
+    mixed = []
+    for s in sequences:
+        if len(s) >= room and rng.random() < share:
+            count = rng.randint(num_needles, densest(tokenizer, len(s), num_needles))
+            s = make_haystack(tokenizer, s, len(s), count, rng).tokens
+        mixed.append(s)
+    return mixed
 
 
 def batches(sequences: Sequence[Sequence[int]], tokens: int, seed: int) -> Iterator[Packed]:

@@ -96,6 +96,7 @@ def data_requests(config: Config, options: DataConfig, name: str) -> list[Reques
         temperature=options.temperature,
         max_tokens={domain.name: domain.max_tokens for domain in config.domains},
         max_turns={domain.name: domain.max_turns for domain in config.domains},
+        templates={domain.name: domain.template for domain in config.domains},
         seed=config.seed + 1,
         prefix=f"data-{name}",
     )
@@ -128,11 +129,12 @@ def train_student(
     folder: Path,
     progress: Say = print,
     teachers: Mapping[str, str] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """The student's folder and its curves, from the model that `cluster` holds, by `options.method`.
 
     sft: on the rows of `files` and `options.rows`. on_policy: `teachers` (domain -> model folder) score its own samples. both: one, then
-    the other. The model is written to `folder`, losses.json (and on_policy.jsonl) beside it.
+    the other; on_policy begins no step after `seconds`. The model is written to `folder`, losses.json (and on_policy.jsonl) beside it.
     """
     result: dict[str, Any] = {"model": str(folder)}
     if options.method != "on_policy":
@@ -147,7 +149,7 @@ def train_student(
             config = replace(config, model=replace(config.model, path=str(folder.parent / "sft")))
             cluster.start(config)
         log = folder.parent / "on_policy.jsonl"
-        result["kl"] = distill_on_policy(config, cluster, teachers or {}, options.steps, log, progress)
+        result["kl"] = distill_on_policy(config, cluster, teachers or {}, options.steps, log, progress, seconds)
         cluster.learner.save(folder, state=False)
     return result
 

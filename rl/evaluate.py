@@ -73,8 +73,9 @@ def make_requests(
     max_turns: int | Mapping[str, int] = 1,
     seed: int = 0,
     prefix: str = "eval",
+    templates: Mapping[str, Mapping[str, Any]] = {},
 ) -> list[Request]:
-    """One request a task. Limits are one number, or one by domain. Several greedy samples would be equal: that raises ValueError."""
+    """One request a task. Limits are one number, or one by domain; `templates`: options of the chat template by domain. Several greedy samples would be equal: that raises ValueError."""
     if samples > 1 and temperature == 0:
         raise ValueError(
             f"{samples} samples a task at temperature 0 would be {samples} times the same: set samples to 1 or temperature > 0"
@@ -85,7 +86,14 @@ def make_requests(
         turns = max_turns if isinstance(max_turns, int) else max_turns[task.domain]
         sampling = Sampling(max_tokens=tokens, temperature=temperature, seed=seed)
         requests.append(
-            Request(request_id=f"{prefix}/{number}", task=task, num_samples=samples, sampling=sampling, max_turns=turns)
+            Request(
+                request_id=f"{prefix}/{number}",
+                task=task,
+                num_samples=samples,
+                sampling=sampling,
+                max_turns=turns,
+                template=templates.get(task.domain, {}),
+            )
         )
     return requests
 

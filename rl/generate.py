@@ -14,7 +14,7 @@ from winnow.rollout.schema import Generate, Message, Request, Sampling, Task
 def read_prompts(file: str, arguments: argparse.Namespace) -> list[Request]:
     """One request for every prompt in a JSONL file (a field prompt, question, messages, ...) or for every line of a text file.
 
-    Arguments: max_tokens, temperature, seed, samples. Raises ValueError naming file and line, and for a file without prompts.
+    Arguments: max_tokens, temperature, seed, samples, template_option. Raises ValueError naming file and line, and for a file without prompts.
     """
     path = Path(file).expanduser()
     if path.suffix in SUFFIXES:
@@ -28,6 +28,7 @@ def read_prompts(file: str, arguments: argparse.Namespace) -> list[Request]:
         prompts = [(f"{path}:{n}", ({"role": "user", "content": line},)) for n, line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file} holds no prompts")
+    options = template_options(arguments.template_option)
     sampling = Sampling(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed)
     return [
         Request(
@@ -35,9 +36,23 @@ def read_prompts(file: str, arguments: argparse.Namespace) -> list[Request]:
             task=Task(id=where, domain="prompts", messages=messages, reward="none"),
             num_samples=arguments.samples,
             sampling=sampling,
+            template=options,
         )
         for where, messages in prompts
     ]
+
+
+def template_options(words: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words (the value is YAML) as options of the chat template. Raises ValueError for one that is not of this form."""
+    import yaml
+
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--template-option {word!r} is not of the form KEY=VALUE, e.g. enable_thinking=false")
+        options[key] = yaml.safe_load(value)
+    return options
 
 
 def as_messages(row: Any, where: str) -> tuple[Message, ...]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any
+
+import numpy as np
 
 from winnow.rewards.alignment import Shaping, shape
 from winnow.rewards.contract import grade
@@ -69,7 +72,13 @@ def model_judge(judge: JudgeConfig, model: str) -> Judge:
     pool = LocalPool(
         WorkerSpec(model=model, dtype=judge.dtype, device=judge.device, engine=engine, threads=judge.threads)
     )
-    return Judge(pool.score, load_tokenizer(model), model, judge.min_mass)
+    lock = Lock()
+
+    def score(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        with lock:  # stages side by side share the judge
+            return pool.score(sequences)
+
+    return Judge(score, load_tokenizer(model), model, judge.min_mass)
 
 
 def held_out_metrics(config: Config, groups: Sequence[Group]) -> dict[str, float]:

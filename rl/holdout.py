@@ -18,6 +18,7 @@ def holdout_requests(config: Config, prefix: str) -> list[Request]:
         temperature=config.evaluation.temperature,
         max_tokens={domain.name: domain.max_tokens for domain in config.domains},
         max_turns={domain.name: domain.max_turns for domain in config.domains},
+        templates={domain.name: domain.template for domain in config.domains},
         seed=config.seed,
         prefix=prefix,
     )

@@ -58,7 +58,10 @@ def local_pool(arguments: argparse.Namespace, requests: Sequence[Request]) -> An
     from winnow.rollout.worker import WorkerSpec
 
     template = ChatTemplate(load_tokenizer(arguments.model))
-    longest = max(context_tokens(request, len(template.prompt_ids(request.task.messages))) for request in requests)
+    longest = max(
+        context_tokens(request, len(template.prompt_ids(request.task.messages, request.template)))
+        for request in requests
+    )
     samples = sum(request.num_samples for request in requests)
     batch = min(arguments.batch, samples)
     tokens = max(longest, min(cache_tokens(arguments), batch * longest))

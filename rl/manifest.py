@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,11 +21,12 @@ HISTORY = "stages.jsonl"
 
 class Manifest:
     """`notes[stage]` = {"key": hash of its inputs, "inputs", "seconds", "gpu_seconds", "output": JSON values; values that name files must
-    exist}. `gpus`: how many the pipeline holds while a stage runs."""
+    exist}. `gpus`: how many a stage holds while it runs. Threads may run stages of different names at a time."""
 
     def __init__(self, folder: Path, version: str, say: Callable[[str], object], gpus: float = 0.0) -> None:
         self.path, self.version, self.say, self.gpus = folder / FILE, version, say, gpus
         self.notes: dict[str, dict[str, Any]] = {}
+        self._lock = threading.RLock()  # stages may run side by side
         if self.path.is_file():
             try:
                 self.notes = json.loads(self.path.read_text())
@@ -34,25 +36,28 @@ class Manifest:
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stage's output: the noted one where its inputs are the same and its files are still there, else `make()`'s."""
         key = self.key(inputs)
-        note = self.notes.get(name)
+        with self._lock:
+            note = self.notes.get(name)
         if note and note["key"] == key and all(Path(file).exists() for file in self._files(note["output"])):
             self.say(f"{name}: done before ({note['seconds']:.0f} s then)")
             return dict(note["output"])
         if note:
             self.say(f"{name}: its inputs changed or its files are gone, doing it again")
-            del self.notes[name]
+            with self._lock:
+                del self.notes[name]
         begin = time.monotonic()
         self._event(name, key, "begin")
         output = json.loads(json.dumps(make()))  # as a later run will read it: lists, not tuples
         seconds = time.monotonic() - begin
-        self.notes[name] = {
-            "key": key,
-            "inputs": json.loads(json.dumps(inputs, default=str)),
-            "seconds": round(seconds, 1),
-            "gpu_seconds": round(seconds * self.gpus, 1),
-            "output": output,
-        }
-        self._write()  # first: an event without its note would be a stage that is done again
+        with self._lock:
+            self.notes[name] = {
+                "key": key,
+                "inputs": json.loads(json.dumps(inputs, default=str)),
+                "seconds": round(seconds, 1),
+                "gpu_seconds": round(seconds * self.gpus, 1),
+                "output": output,
+            }
+            self._write()  # first: an event without its note would be a stage that is done again
         self._event(name, key, "done", seconds=round(seconds, 1))
         self.say(f"{name}: done in {self.notes[name]['seconds']:.1f} s")
         return output
@@ -70,7 +75,7 @@ class Manifest:
     def _event(self, stage: str, key: str, event: str, **more: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"time": round(time.time(), 3), "stage": stage, "key": key, "event": event, **more}
-        with (self.path.parent / HISTORY).open("a") as file:
+        with self._lock, (self.path.parent / HISTORY).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def key(self, inputs: Mapping[str, Any]) -> str:
@@ -80,7 +85,18 @@ class Manifest:
 
     def maker(self, path: str) -> str | None:
         """The key of the stage that made this file or folder; None where none did."""
-        return next((note["key"] for note in self.notes.values() if path in self._files(note["output"])), None)
+        with self._lock:
+            return next((note["key"] for note in self.notes.values() if path in self._files(note["output"])), None)
+
+    def spent(self, *stages: str) -> float:
+        """GPU seconds of the stages, by name or by the beginning of a name that ends in "-"; seconds where the pipeline has no GPU."""
+        unit = "gpu_seconds" if self.gpus else "seconds"
+        with self._lock:
+            return sum(
+                note[unit]
+                for name, note in self.notes.items()
+                if any(name == stage or (stage.endswith("-") and name.startswith(stage)) for stage in stages)
+            )
 
     @staticmethod
     def _files(output: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,14 @@
 
 What autograd keeps is not guessed: a short forward pass of the loaded model counts the bytes that it saves for its backward, at two
 lengths, and the line through them is taken to the length of a step. The rest is arithmetic on the parameters and on the largest
-temporaries of the kernels. `measured_peak` is what to compare it with.
+temporaries: tiles of the torch kernels on a CPU, the workspaces of the Triton kernels on a GPU, whose sizes are the constants at the top
+of their files. `measured_peak` is what to compare it with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +21,13 @@ from winnow.models.attach import base_parameters, indexer_config, indexer_parame
 from winnow.models.context import IndexerLoss, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.convert_options import ConvertOptions
+from winnow.rl.stages import last_served
 
 GIB = 1 << 30
 PROBE = (64, 128)  # tokens of the two short passes
 ROWS = 256  # queries of an attention tile
 KL_TILES = 4  # fp32, for each index head: q . k, its gradient, and the temporaries between them
-TILES = 5  # fp32 tiles alive at once in the attention's backward: scores, p, their gradients, the expanded keys
+QUERIES = 32  # of a block of the Triton kernels, at least: 128 rows of up to four heads
 
 
 def saved_bytes(model: Any, length: int, indexer: bool) -> int:
@@ -63,12 +66,16 @@ def conversion_memory(model: Any, options: ConvertOptions) -> dict[str, dict[str
     base, indexers = base_parameters(model), indexer_parameters(model)
     weights = _bytes([*base.values(), *indexers.values()])
     index_numbers = sum(p.numel() for p in indexers.values())
-    tile = _tile_bytes(model, options.seq_len)
+    on_gpu = next(model.parameters()).is_cuda
     stages: dict[str, dict[str, int]] = {}
     if options.warmup_batches:
+        one = index_numbers // max(
+            1, len(last_served(model))
+        )  # an indexer's gradients are gone before the next one's come
         stages["warm-up"] = {
-            "weights": weights, "indexers' Adam and gradients": index_numbers * 12,
-            "pass": _layer_bytes(model, options.warmup_tokens) + tile,
+            "weights": weights, "indexers' Adam and gradients": index_numbers * 8 + one * 4 if on_gpu else index_numbers * 12,
+            "pass": gpu_warmup_bytes(model, options) if on_gpu
+            else _layer_bytes(model, options.warmup_tokens) + _tile_bytes(model, options.seq_len),
         }  # fmt: skip
     if options.sparse_steps:
         trained = [*indexers.values(), *(base.values() if options.sparse_model_lr > 0 else [])]
@@ -78,8 +85,12 @@ def conversion_memory(model: Any, options: ConvertOptions) -> dict[str, dict[str
             activations = activations // layers + options.sparse_tokens * model.config.hidden_size * size * layers
         numbers = sum(p.numel() for p in trained)
         masters = sum(p.numel() * 4 for p in trained if p.dtype != torch.float32)
-        own = _layer_bytes(model, options.sparse_tokens) + _head_bytes(model, options.sparse_tokens) + tile
-        fused = numbers * 4 if trained[0].is_cuda else 0  # one more copy where a step runs over all tensors at once
+        if on_gpu:
+            own = gpu_step_bytes(model, options)
+        else:
+            tile = _tile_bytes(model, options.seq_len)
+            own = _layer_bytes(model, options.sparse_tokens) + _head_bytes(model, options.sparse_tokens) + tile
+        fused = numbers * 4 if on_gpu else 0  # one more copy where a step runs over all tensors at once
         stages["sparse"] = {
             "weights": weights, "AdamW": numbers * 8 + masters,
             "step": max(activations + own, _bytes(trained) + masters + fused),
@@ -101,15 +112,80 @@ def _bytes(parameters: Sequence[Tensor]) -> int:
 
 
 def _tile_bytes(model: Any, length: int) -> int:
-    """The largest temporaries of the kernels: tiles of queries over all keys, of the attention and of the indexer's KL."""
-    config, shape = model.config, indexer_config(model)
+    """On a CPU: the tiles of queries over all keys of the indexer's KL. torch's flash kernel forms none that would be seen."""
+    shape = indexer_config(model)
     index_heads = max(2, shape.num_heads) if shape else 0
     rows = max(8, min(ROWS, TILE_BUDGET // max(1, length * max(1, index_heads))))
-    kl = KL_TILES * rows * length * index_heads * 4
-    if next(model.parameters()).device.type == "cpu":
-        return kl  # torch's flash kernel forms no tile that would be seen
-    rows = max(8, min(ROWS, TILE_BUDGET // max(1, length)))
-    return max(kl, TILES * rows * length * config.num_attention_heads * 4)
+    return KL_TILES * rows * length * index_heads * 4
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes a token: hidden states, queries, keys (values take as much), and the MLP's inner states, in the model's dtype."""
+
+    hidden: int
+    queries: int
+    keys: int
+    inner: int
+    size: int  # of a number
+    index: int  # numbers: all index heads
+
+    @classmethod
+    def of(cls, model: Any) -> Widths:
+        config, shape = model.config, indexer_config(model)
+        head = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+        head = head or config.hidden_size // config.num_attention_heads
+        size = next(model.parameters()).element_size()
+        inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+        return cls(
+            hidden=config.hidden_size * size, queries=config.num_attention_heads * head * size,
+            keys=config.num_key_value_heads * head * size, inner=inner * size, size=size,
+            index=shape.num_heads * shape.head_dim if shape else 0,
+        )  # fmt: skip
+
+
+def gpu_kl_bytes(x: Widths, tokens: int) -> int:
+    """The KL's workspaces: a slice (the next one's is there before the last is freed), and fp32 gradients of the index queries."""
+    from winnow.kernels.indexer_kl import SLICE_BYTES
+
+    return 2 * SLICE_BYTES + tokens * x.index * 4
+
+
+def gpu_warmup_bytes(model: Any, options: ConvertOptions) -> int:
+    """One layer of a forward without gradients, the largest of its parts.
+
+    In its attention, where the indexer trains: embedding, the layer's input and the normed one, q, k, v and their contiguous copies, out;
+    of a micro batch the indexer's two inputs in fp32, its queries before and after RoPE, the KL. In its MLP: gate, up, act, product.
+    """
+    x, config = Widths.of(model), model.config
+    micro = min(options.warmup_tokens, max(options.warmup_micro, options.seq_len))
+    attention = options.warmup_tokens * (4 * x.hidden + 3 * x.queries + 4 * x.keys)
+    indexer = micro * 4 * (2 * config.hidden_size + 2 * x.index) + gpu_kl_bytes(x, micro)
+    mlp = options.warmup_tokens * (4 * x.hidden + 4 * x.inner)
+    return max(attention + indexer, mlp)
+
+
+def gpu_step_bytes(model: Any, options: ConvertOptions) -> int:
+    """Beside what autograd holds, the largest of a sparse step: the head, the attention's backward, the KL, the MLP's backward.
+
+    The head's gradient stays through the whole backward.
+    """
+    from winnow.kernels.key_lists import BITMAP_BYTES
+    from winnow.kernels.logprobs import CHUNK_BYTES, CHUNK_VOCABULARY
+    from winnow.kernels.sparse_backward import PARTS_BYTES
+
+    x, tokens, weight = Widths.of(model), options.sparse_tokens, lm_head_weight(model)
+    hidden = model.config.hidden_size
+    head = 3 * CHUNK_BYTES // 2 + 4 * hidden * (tokens + min(CHUNK_VOCABULARY, len(weight)))
+    keys = min(options.seq_len, QUERIES * options.top_k)  # of a block's list, at most
+    parts = min(PARTS_BYTES, tokens // QUERIES * keys * 2 * x.keys)
+    bitmap = min(BITMAP_BYTES, tokens * options.seq_len // 8)
+    sums = tokens * 2 * x.keys * 4 // x.size
+    attention = (
+        parts + bitmap + sums + tokens * (3 * x.queries + 2 * x.keys)
+    )  # gradients of out, q and the sum at q; of k and v
+    kl = gpu_kl_bytes(x, tokens) + tokens * x.index * 8  # the index queries in fp32, and as they come out of RoPE
+    return _bytes([weight]) + max(head, attention, kl, tokens * (4 * x.inner + 2 * x.hidden))
 
 
 def _layer_bytes(model: Any, tokens: int) -> int:

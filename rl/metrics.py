@@ -108,8 +108,43 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     metrics |= {
         f"token_share/{domain}": count / max(1, sum(tokens.values())) for domain, count in sorted(tokens.items())
     }
-    return metrics | {
-        f"failures/{kind}": float(count) for kind, count in sorted({"timeout": 0, "error": 0, **failures}.items())
+    return (
+        metrics
+        | record_metrics(groups)
+        | {f"failures/{kind}": float(count) for kind, count in sorted({"timeout": 0, "error": 0, **failures}.items())}
+    )
+
+
+def record_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """index_record/bytes_per_token: packed bytes of the index records by generated token; index_record/share_of_int32: by the bytes of
+    the same sets as int32. Nothing where no sets are recorded."""
+    records = [t.index_record for group in groups for t in group.trajectories if t.index_record is not None]
+    if not records:
+        return {}
+    packed = sum(record.nbytes for record in records)
+    raw = sum(4 * len(record.layers) * record.num_rows * record.k for record in records)
+    tokens = sum(trajectory.num_generated for group in groups for trajectory in group.trajectories)
+    return {
+        "index_record/bytes_per_token": packed / max(1, tokens),
+        "index_record/share_of_int32": packed / raw if raw else 0.0,
+    }
+
+
+def engine_metrics(before: Mapping[int, Mapping[str, int]], now: Mapping[int, Mapping[str, int]]) -> dict[str, float]:
+    """What the engines did between two readings of `pool.stats()`; a worker that was replaced counts from its start.
+
+    engine/reused_tokens: prompt tokens that were found in the cache, not computed; engine/reused_share: of all prompt tokens.
+    """
+
+    def grown(name: str) -> float:
+        counts = [(stats.get(name, 0), before.get(worker, {}).get(name, 0)) for worker, stats in now.items()]
+        return float(sum(new - old if new >= old else new for new, old in counts))
+
+    reused, computed = grown("reused_tokens"), grown("prefill_tokens")
+    return {
+        "engine/reused_tokens": reused,
+        "engine/reused_share": reused / max(1.0, reused + computed),
+        "engine/preemptions": grown("preemptions"),
     }
 
 

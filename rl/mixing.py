@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from winnow.rl.cluster import Cluster
 from winnow.rl.config import Config
 from winnow.rl.forgetting import base_replies, forgetting, forward_kl
 from winnow.rl.pipeline import Pipeline
@@ -30,7 +31,10 @@ class Mixing(Pipeline):
         """Does what is left to do; returns and writes result.json, and the table as mixing.md."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._exits:
-            result = self._stages()
+            try:
+                result = self._stages()
+            finally:
+                self._lanes.close()
         (self.folder / "result.json").write_text(json.dumps(result, indent=1))
         text = as_markdown(result)
         (self.folder / "mixing.md").write_text(text)
@@ -70,8 +74,12 @@ class Mixing(Pipeline):
 
         def scores(path: str) -> Any:
             config: Config = self.config.stage_run("evaluation", path)
-            learner: Any = self._started(config).learner
-            return learner.logprobs(replies)
+
+            def ask(cluster: Cluster) -> Any:
+                learner: Any = cluster.learner
+                return learner.logprobs(replies)
+
+            return self._on_a_cluster(config, ask)
 
         def make() -> dict[str, Any]:
             start = scores(models["base"])

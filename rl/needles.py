@@ -23,6 +23,9 @@ from winnow.rl.retention import reading_context
 PLACES = (
     "Oslo", "Lima", "Cairo", "Delhi", "Paris", "Tokyo", "Quito", "Dakar", "Riga", "Seoul", "Milan", "Boston", "Havana", "Vienna", "Lagos",
     "Berlin", "Madrid", "Athens", "Sofia", "Prague", "Dublin", "Warsaw", "Geneva", "Naples", "Kyoto", "Chicago", "Denver", "Dallas",
+    "Turin", "Genoa", "Porto", "Lisbon", "Bergen", "Malmo", "Tallinn", "Minsk", "Odessa", "Ankara", "Tehran", "Kabul", "Mumbai", "Hanoi",
+    "Manila", "Jakarta", "Sydney", "Perth", "Auckland", "Bogota", "Caracas", "Santiago", "Montreal", "Toronto", "Seattle", "Houston",
+    "Memphis", "Phoenix", "Nairobi", "Accra", "Tunis", "Algiers", "Beirut", "Baghdad", "Zurich", "Munich",
 )  # fmt: skip
 
 
@@ -33,6 +36,11 @@ class Haystack:
     tokens: list[int]
     answers: list[tuple[int, int]]
     depths: list[float]
+
+
+def densest(tokenizer: Any, length: int, wanted: int) -> int:
+    """As many needles as take a quarter of a text of `length` tokens, `wanted` at least: what a training text teaches the most with."""
+    return min(len(PLACES), max(wanted, length // (4 * max(1, room_needed(tokenizer, 1)))))
 
 
 def room_needed(tokenizer: Any, num_needles: int) -> int:

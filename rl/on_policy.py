@@ -9,6 +9,7 @@ the same code (losses.distillation_loss: KL(student || teacher), estimated witho
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,10 +25,11 @@ def distill_on_policy(
     steps: int,
     log: Path,
     progress: Callable[[str], object] = print,
+    seconds: float | None = None,
 ) -> list[float]:
     """`steps` updates of the model that `cluster` holds towards `teachers` (domain -> model folder); the KL at each step.
 
-    A step draws the domains' quotas with rollout.samples each. Raises ValueError for a domain without a teacher before anything is drawn.
+    `seconds`: no step begins after so many; at least one is made. A step draws the domains' quotas with rollout.samples each. Raises ValueError for a domain without a teacher before anything is drawn.
     """
     missing = [domain.name for domain in config.domains if domain.name not in teachers]
     if missing:
@@ -39,7 +41,10 @@ def distill_on_policy(
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")  # the stage begins anew when it was interrupted
     found: list[float] = []
+    begin = time.monotonic()
     for step in range(1, steps + 1):
+        if seconds is not None and found and time.monotonic() - begin > seconds:
+            break
         groups = cluster.generate(sampler.requests(step))
         report = cluster.learner.distill_step([t for g in groups for t in g.trajectories], absolute, step)
         cluster.pool.push_weights(cluster.learner.weights(step), step)

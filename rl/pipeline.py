@@ -7,7 +7,10 @@
 
 Every stage notes in manifest.json what it was made from, as a hash of its config, of the stages before it and of the code's version. A
 stage whose note still holds is not done again; one whose inputs changed is done anew; an RL run that was interrupted is resumed. One
-cluster (the learner's and the workers' processes) serves all stages.
+cluster (the learner's and the workers' processes) serves all stages, or with `parallel: n` up to n of them, where there is room.
+
+Controls, at equal GPU seconds: the student by the other method (in those of data and student), the mixed stage from the base (in those
+of specialists, data, student and mixed).
 """
 
 from __future__ import annotations
@@ -16,23 +19,27 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from winnow.rl.cluster import Cluster, connect, worker_spec
+from winnow.rl.cluster import Cluster, LearnerDied, connect, has_room, ray_session, worker_spec
 from winnow.rl.config import Config, config_hash, to_yaml
 from winnow.rl.forgetting import forgetting
-from winnow.rl.forgetting import lines as forgetting_lines
 from winnow.rl.holdout import holdout_requests
+from winnow.rl.interrupts import Interrupts
 from winnow.rl.manifest import Manifest
+from winnow.rl.overlap import Job, Lanes, run_jobs
 from winnow.rl.pipeline_config import PipelineConfig, base_options, convert_options
+from winnow.rl.results import FLOORS, last_model, result_table, summary
 from winnow.rl.run import code_version
 
-MODELS = ("base", "specialist", "student", "mixed")  # columns of the result, in the order they are made
-FLOORS = ("random", "recent")
+Found = TypeVar("Found")
+ATTEMPTS = 3  # of a stage whose learner dies
 
 
 class Pipeline:
@@ -42,19 +49,30 @@ class Pipeline:
         self,
         config: PipelineConfig,
         progress: Callable[[str], object] = print,
-        connect: Callable[[Config], Any] = connect,
+        connect: Callable[[Config], AbstractContextManager[Cluster]] = connect,
+        session: Callable[[Config, int], AbstractContextManager[None]] = ray_session,
+        room: Callable[[Config], bool] = has_room,
     ) -> None:
+        """`connect` opens a learner with its pool; `session`, where several are open at a time, the Ray that they share."""
         self.config, self.folder = config, config.folder
-        self._progress, self._connect = progress, connect
+        self._progress, self._connect, self._session = progress, connect, session
         self._start = time.monotonic()
-        self._cluster: Cluster | None = None
-        self._exits = ExitStack()
+        self._exits, self._has_session = ExitStack(), config.parallel == 1  # one lane brings its own
+        self._stopping = threading.Event()
+        self._lanes = Lanes(config.parallel, self._open, room, self.say)
         cluster, workers = config.run.get("cluster", {}), config.run.get("rollout", {}).get("workers", 1)
         gpus = float(cluster.get("learner_gpus", 0)) + workers * float(cluster.get("worker_gpus", 0))
         self.manifest = Manifest(self.folder, code_version(), self.say, gpus)
 
     def say(self, text: str) -> None:
+        """A line of progress. Raises KeyboardInterrupt in a stage's thread when all are to stop: a point where an RL run can save."""
         self._progress(f"[{time.monotonic() - self._start:6.1f} s] {text}")
+        if self._stopping.is_set() and threading.current_thread() is not threading.main_thread():
+            raise KeyboardInterrupt
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        self._lanes.stop()
 
     def run(self) -> dict[str, Any]:
         """Does what is left to do; returns and writes result.json. KeyboardInterrupt leaves every finished stage in place."""
@@ -63,7 +81,10 @@ class Pipeline:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
         with self._exits:
-            result = self._stages()
+            try:
+                result = self._stages()
+            finally:
+                self._lanes.close()
         result["forgetting"] = forgetting(self.folder / "evaluation", list(result["models"]))
         result |= {"status": "done", "seconds": round(time.monotonic() - self._start, 1), "version": code_version()}
         (self.folder / "result.json").write_text(json.dumps(result, indent=1))
@@ -73,30 +94,55 @@ class Pipeline:
         return result
 
     def _stages(self) -> dict[str, Any]:
-        wanted = self.config.stages
-        models: dict[str, str] = {}
-        models["base"] = sparse = self._convert(self._base())
-        if "specialists" in wanted:
+        """Base and conversion, then the jobs (side by side where config.parallel says so), then the floors."""
+        sparse = self._convert(self._base())
+        if "specialists" in self.config.stages:
             self._check_bases(sparse)
-        for domain in self.config.domains if "specialists" in wanted else []:
-            models[f"specialist-{domain}"] = self._reinforce("specialist", sparse, domain)
-        rows = [
-            self._data(domain, models[f"specialist-{domain}"]) for domain in self.config.domains if "data" in wanted
+        done: dict[str, Any] = {}
+        jobs = self._jobs(sparse, done)
+        with Interrupts() if self.config.parallel > 1 else nullcontext():
+            run_jobs(jobs, self.config.parallel, done, self._stop, self._lanes.close)
+        models = {"base": sparse} | {job.name: done[job.name] for job in jobs if is_model(job.name)}
+        found = {name: done[f"evaluation-{name}"] for name in models if f"evaluation-{name}" in done}
+        if self.config.floors and found:
+            last = last_model(models)
+            for selector in FLOORS:
+                found[f"{last}-{selector}"] = self._floor(last, models[last], selector)
+        return summary(models, found, self.manifest)
+
+    def _jobs(self, sparse: str, done: Mapping[str, Any]) -> list[Job]:
+        """Every stage between conversion and floors, in the order of a run one after the other."""
+        domains, wanted, controls = self.config.domains, self.config.stages, self.config.controls
+        specialists = {domain: f"specialist-{domain}" for domain in domains if "specialists" in wanted}
+        data = {domain: f"data-{domain}" for domain in domains if "data" in wanted}
+        jobs = [
+            Job(name=name, work=partial(self._reinforce, "specialist", sparse, domain))
+            for domain, name in specialists.items()
         ]
+        for domain, name in data.items():
+            work = partial(self._data_of, domain, done)
+            jobs.append(Job(name=name, work=work, after=(specialists[domain],)))
+        made = (*specialists.values(), *data.values())
+
+        def student(**changes: Any) -> str:
+            teachers = {domain: done[name] for domain, name in specialists.items()}
+            return self._student(sparse, [done[name] for name in data.values()], teachers, **changes)
+
         if "student" in wanted:
-            teachers = {d: models[f"specialist-{d}"] for d in self.config.domains if f"specialist-{d}" in models}
-            models["student"] = self._student(sparse, rows, teachers)
+            jobs.append(Job(name="student", work=student, after=made))
         if "mixed" in wanted:
-            models["mixed"] = self._reinforce("mixed", models["student"])
-        evaluation: dict[str, Any] = {}
+            jobs.append(Job(name="mixed", work=lambda: self._reinforce("mixed", done["student"]), after=("student",)))
+        if "student" in controls:
+            other = "sft" if self.config.student.method == "on_policy" else "on_policy"
+            again = partial(student, name=f"student-{other}", method=other)
+            jobs.append(Job(name=f"student-{other}", work=again, after=(*made, "student")))
+        if "mixed" in controls:
+            jobs.append(Job(name="mixed-from-base", work=lambda: self._mixed_from_base(sparse), after=("mixed",)))
         if "evaluation" in wanted:
-            for name, path in models.items():
-                evaluation[name] = self._evaluate(name, path)
-            if self.config.floors:
-                for selector in FLOORS:
-                    last = list(models)[-1]
-                    evaluation[f"{last}-{selector}"] = self._floor(last, models[last], selector)
-        return summary(models, evaluation, self.manifest)
+            jobs.append(Job(name="evaluation-base", work=lambda: self._evaluate("base", sparse)))
+            for name in [job.name for job in jobs if is_model(job.name)]:
+                jobs.append(Job(name=f"evaluation-{name}", work=partial(self._evaluated, name, done), after=(name,)))
+        return jobs
 
     # -------------------------------------------------------------------------------------------------------------------- stages
 
@@ -158,27 +204,43 @@ class Pipeline:
 
     def _reinforce(self, stage: str, model: str, domain: str | None = None) -> str:
         """One RL run; an interrupted one of the same config goes on where it stopped."""
+        return self._run(self.config.stage_run(stage, model, domain), model)
+
+    def _mixed_from_base(self, model: str) -> str:
+        """The control: the mixed stage without specialists and student, for as many GPU seconds as all of them took."""
+        config = self.config.stage_run("mixed", model)
+        mixed = self.manifest.spent("mixed")
+        ratio = 1 + self.manifest.spent("specialist-", "data-", "student") / max(mixed, 0.1)
+        schedule = dataclasses.replace(config.schedule, steps=max(1, round(ratio * config.schedule.steps)))
+        return self._run(dataclasses.replace(config, name="mixed-from-base", schedule=schedule), model)
+
+    def _run(self, config: Config, model: str) -> str:
         from winnow.rl.train import train
 
-        config = self.config.stage_run(stage, model, domain)
         name = config.name
 
-        def make() -> dict[str, Any]:
+        def attempt(cluster: Cluster) -> dict[str, Any]:
             resumed = resumable(config)
             if config.folder.exists() and not resumed:
                 shutil.rmtree(config.folder)
             self.say(f"{name}: {'resuming' if resumed else 'training'}, {config.schedule.steps} steps")
-            result = train(
-                dataclasses.replace(config, resume=resumed),
-                cluster=self._shared(config),
-                progress=lambda t: self.say(f"{name}: {t}"),
-            )
+            again = dataclasses.replace(config, resume=resumed)
+            return train(again, cluster=cluster, progress=lambda t: self.say(f"{name}: {t}"))
+
+        def make() -> dict[str, Any]:
+            result = self._on_a_cluster(config, attempt, started=False)
             if result["status"] != "done":
                 raise KeyboardInterrupt
             return {"model": result["checkpoint"], "run": result["run"], "domains": result["domains"]}
 
         inputs = {"config": config_hash(config), "model": self._identity(model)}
         return str(self.manifest.stage(name, inputs, make)["model"])
+
+    def _data_of(self, domain: str, done: Mapping[str, Any]) -> str:
+        return self._data(domain, done[f"specialist-{domain}"])
+
+    def _evaluated(self, name: str, done: Mapping[str, Any]) -> dict[str, Any]:
+        return self._evaluate(name, done[name])
 
     def _data(self, domain: str, model: str) -> str:
         options = self.config.data
@@ -188,8 +250,10 @@ class Pipeline:
             from winnow.rl.distillation import generate_rows
 
             key = self.manifest.key({"model": self._identity(model)})  # of the samples, not of what is chosen from them
-            cluster = self._started(config)
-            path, found = generate_rows(config, options, cluster, self.folder / "data", domain, key, self.say)
+            path, found = self._on_a_cluster(
+                config,
+                lambda cluster: generate_rows(config, options, cluster, self.folder / "data", domain, key, self.say),
+            )
             rate, kept = found.pass_rate(domain), found.kept[domain]
             self.say(f"data-{domain}: {kept} verified rows of {found.sampled[domain]} samples (pass rate {rate:.1%})")
             return {"rows": str(path), **found.as_dict()}
@@ -197,21 +261,33 @@ class Pipeline:
         inputs = {"config": config_hash(config), "data": dataclasses.asdict(options), "model": self._identity(model)}
         return str(self.manifest.stage(f"data-{domain}", inputs, make)["rows"])
 
-    def _student(self, model: str, rows: list[str], teachers: Mapping[str, str]) -> str:
-        config, options = self.config.stage_run("student", model), self.config.student
+    def _student(
+        self, model: str, rows: list[str], teachers: Mapping[str, str], name: str = "student", method: str = ""
+    ) -> str:
+        """The student; with another `name`, the one of another method, for as many GPU seconds as the data and the student took."""
+        config = dataclasses.replace(self.config.stage_run("student", model), name=name)
+        options = dataclasses.replace(self.config.student, method=method or self.config.student.method)
+        seconds = None
+        if method == "on_policy":
+            seconds = self.manifest.spent("data-", "student") / (self.manifest.gpus or 1.0)
 
         def make() -> dict[str, Any]:
             from winnow.rl.distillation import train_student
 
-            folder, cluster = self.folder / "student" / "model", self._started(config)
-            return train_student(config, options, cluster, rows, folder, lambda t: self.say(f"student: {t}"), teachers)
+            folder = self.folder / name / "model"
+            return self._on_a_cluster(
+                config,
+                lambda cluster: train_student(
+                    config, options, cluster, rows, folder, lambda t: self.say(f"{name}: {t}"), teachers, seconds
+                ),
+            )
 
         inputs = {"config": config_hash(config), "student": dataclasses.asdict(options), "model": self._identity(model)}
         if options.method != "on_policy":
             inputs["rows"] = [self._identity(path) for path in [*rows, *options.rows]]
         if options.method != "sft":
             inputs["teachers"] = {domain: self._identity(path) for domain, path in teachers.items()}
-        return str(self.manifest.stage("student", inputs, make)["model"])
+        return str(self.manifest.stage(name, inputs, make)["model"])
 
     def _evaluate(self, name: str, model: str) -> dict[str, Any]:
         """One model on the held-out tasks: a specialist on its own domain, the others on all."""
@@ -219,8 +295,9 @@ class Pipeline:
         config = self.config.stage_run("evaluation", model, domain)
 
         def make() -> dict[str, Any]:
-            pool = self._started(config).pool
-            return {"results": self._score(config, pool.generate, name)}
+            return {
+                "results": self._on_a_cluster(config, lambda cluster: self._score(config, cluster.pool.generate, name))
+            }
 
         inputs = {"config": config_hash(config), "model": self._identity(model)}
         return dict(self.manifest.stage(f"evaluation-{name}", inputs, make)["results"])
@@ -254,23 +331,45 @@ class Pipeline:
 
     # -------------------------------------------------------------------------------------------------------------------- cluster
 
-    def _shared(self, config: Config) -> Cluster:
-        """The pipeline's one cluster, started when a stage first needs it."""
-        if self._cluster is None:
-            self.say("starting Ray, the learner and the rollout workers")
-            self._cluster = self._exits.enter_context(self._connect(config))
-            self.say("ready")
-        return self._cluster
+    def _open(self, config: Config) -> AbstractContextManager[Cluster]:
+        if not self._has_session:
+            self._exits.enter_context(self._session(config, self.config.parallel))
+            self._has_session = True
+        return self._connect(config)
 
-    def _started(self, config: Config) -> Cluster:
-        """The cluster with the config's model in the learner and in the workers."""
-        cluster = self._shared(config)
-        cluster.start(config)
-        return cluster
+    def _on_a_cluster(self, config: Config, work: Callable[[Cluster], Found], started: bool = True) -> Found:
+        """`work` on a cluster that, where `started`, has the config's model in the learner and in the workers.
+
+        Where the learner's process died (with its node, say) another cluster is opened and the work done again: an RL run goes on from
+        its last checkpoint, sampling with the prompts that are in no shard.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with self._lanes.lane(config) as cluster:
+                    try:
+                        if started:
+                            cluster.start(config)
+                        return work(cluster)
+                    except RuntimeError as error:
+                        if isinstance(error, LearnerDied) or cluster.alive:
+                            raise
+                        raise LearnerDied(
+                            str(error)
+                        ) from error  # e.g. the weights went with the learner that held them
+            except LearnerDied as error:
+                if attempt == ATTEMPTS:
+                    raise
+                self.say(f"{config.name}: {error}; on to another cluster, attempt {attempt + 1} of {ATTEMPTS}")
+        raise AssertionError("unreachable")
 
     def _identity(self, path: str) -> str:
         """What stands for a model or file in a stage's inputs: the stage that made it, or the files' own sizes and times."""
         return self.manifest.maker(path) or fingerprint(path)
+
+
+def is_model(stage: str) -> bool:
+    """Whether a stage's result is a model's folder."""
+    return not stage.startswith(("data-", "evaluation-"))
 
 
 def fingerprint(path: str) -> str:
@@ -285,85 +384,6 @@ def resumable(config: Config) -> bool:
     """Whether the run's folder holds an unfinished run of this very config."""
     text = config.folder / "config.yaml"
     return text.is_file() and text.read_text().startswith(f"# config {config_hash(config)},")
-
-
-def summary(models: Mapping[str, str], evaluation: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """result.json: `domains` holds the share of held-out tasks solved; `evaluation` all figures by model and domain."""
-    domains: dict[str, dict[str, float]] = {}
-    for name, results in evaluation.items():
-        for domain, result in results.items():
-            column = "specialist" if name == f"specialist-{domain}" else name
-            domains.setdefault(domain, {})[column] = result["mean"]
-            if result["constant"] is not None:
-                domains[domain].setdefault("constant", result["constant"])
-    stages = {name: note["seconds"] for name, note in manifest.notes.items()}
-    return {"domains": domains, "evaluation": dict(evaluation), "models": dict(models), "stages": stages}
-
-
-def result_table(result: Mapping[str, Any]) -> str:
-    """Held-out tasks solved and mean rewards by domain and model, with 95 % intervals; then the floors and what attention saw."""
-    lines = figures(result, "solved", "mean", "low", "high")
-    graded = [
-        d for d, row in result["domains"].items() if _partly(result, d)
-    ]  # elsewhere the reward is the share solved
-    if graded:
-        lines += [
-            "",
-            *figures(
-                {**result, "domains": {d: result["domains"][d] for d in graded}},
-                "mean reward",
-                "reward",
-                "reward_low",
-                "reward_high",
-            ),
-        ]
-    last = list(result["models"])[-1]
-    changes = forgetting_lines({last: result.get("forgetting", {}).get(last, {})})
-    lines += ["", *changes, ""] if changes else [""]
-    for name, results in result["evaluation"].items():
-        for domain, r in results.items():
-            if name.endswith(FLOORS):
-                rule = name.rsplit("-", 1)[1]
-                lines.append(
-                    f"{domain} with {rule} positions instead of the index: {r['mean']:.3f} ({r['low']:.2f}-{r['high']:.2f})"
-                )
-            elif name == list(result["models"])[-1] and r["attention"]:
-                a = r["attention"]
-                lines.append(
-                    f"{domain}: {a['mean_selected']:.1f} of {a['mean_available']:.1f} positions attended to, "
-                    f"{a['sparse_rows']:.0%} of the queries see more than they may choose"
-                )
-    return "\n".join(lines).rstrip()
-
-
-def figures(result: Mapping[str, Any], title: str, middle: str, low: str, high: str) -> list[str]:
-    """One table: a row a domain, a column a model."""
-    columns = [c for c in MODELS if any(c in names for names in _columns(result))]
-    solved = middle == "mean"
-    rows = [[f"{title} (95 % interval)", *columns, *(["best constant"] if solved else []), "tasks"]]
-    for domain in result["domains"]:
-        cells, tasks = [], 0
-        for column in columns:
-            found = (
-                result["evaluation"].get(f"specialist-{domain}" if column == "specialist" else column, {}).get(domain)
-            )
-            tasks = found["num_tasks"] if found else tasks
-            cells.append(f"{found[middle]:.3f} ({found[low]:.2f}-{found[high]:.2f})" if found else "-")
-        constant = [f"{result['domains'][domain].get('constant', 0.0):.3f}"] if solved else []
-        rows.append([domain, *cells, *constant, str(tasks)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _columns(result: Mapping[str, Any]) -> list[list[str]]:
-    return [["specialist" if name.startswith("specialist-") else name] for name in result["evaluation"]]
-
-
-def _partly(result: Mapping[str, Any], domain: str) -> bool:
-    """Whether the domain's reward is not simply 1 for a solved task and 0 for another."""
-    return any(
-        abs(r[domain]["reward"] - r[domain]["mean"]) > 1e-9 for r in result["evaluation"].values() if domain in r
-    )
 
 
 def run_pipeline(config: PipelineConfig, progress: Callable[[str], object] = print) -> dict[str, Any]:

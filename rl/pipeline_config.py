@@ -15,6 +15,7 @@ from winnow.rl.config import Config, make_config, read_values, typed
 from winnow.rl.config_fields import ConfigError, check_ranges, choice, number
 
 OF_PIPELINE = ("name", "runs_dir", "seed", "resume")  # of a specialist's config file: the pipeline's own go before
+CONTROLS = ("student", "mixed")  # the student by the other method; the mixed stage from the base, without specialists
 STAGES = ("base", "convert", "specialists", "data", "student", "mixed", "evaluation")
 
 
@@ -72,6 +73,10 @@ class PipelineConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     student_run: dict = field(default_factory=dict)
     mixed: dict = field(default_factory=dict)
+    parallel: int = number(
+        1, low=1
+    )  # stages at a time, each with a learner and workers of its own, where the cluster has room
+    controls: list = field(default_factory=list)  # of CONTROLS: what the result is compared with, at equal GPU seconds
     floors: str = (
         ""  # the domain that is also evaluated with random and with recent positions instead of the index; empty: none
     )
@@ -124,7 +129,12 @@ def specialist_values(name: str) -> dict[str, Any]:
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """The pipeline in a YAML file (over its `base:` files) with `key=value` overrides. Raises ConfigError."""
-    return make_pipeline(read_values(path), overrides)
+    values = read_values(path)
+    if of_run := [key for key in ("domains", "rollout", "learner", "algorithm") if key in values]:
+        raise ConfigError(
+            f"{path} is the config of one run (it has {of_run[0]!r}): winnow train {path}. A pipeline has such sections below `run:`"
+        )
+    return make_pipeline(values, overrides)
 
 
 def make_pipeline(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -148,6 +158,7 @@ def check(pipeline: PipelineConfig) -> None:
     for needs, needed in (("data", "specialists"), *needs_rows, *needs_teachers, ("mixed", "student")):
         if needs in pipeline.stages and needed not in pipeline.stages:
             raise ConfigError(f"stages has {needs!r} without {needed!r}, which it works on: add {needed!r}")
+    _check_controls(pipeline)
     if not pipeline.model and "base" not in pipeline.stages:
         raise ConfigError(
             "model is empty and stages has no 'base': set model to a model folder or add 'base' to the stages"
@@ -169,6 +180,25 @@ def check(pipeline: PipelineConfig) -> None:
         base_options(pipeline)
 
 
+def _check_controls(pipeline: PipelineConfig) -> None:
+    for control in pipeline.controls:
+        if control not in CONTROLS:
+            raise ConfigError(f"controls holds {control!r}, but it must be one of {', '.join(CONTROLS)}")
+        if control not in pipeline.stages:
+            raise ConfigError(
+                f"controls has {control!r}, but stages has not, so there is nothing to compare it with: add {control!r} to it"
+            )
+    if "student" in pipeline.controls and (pipeline.student.method == "both" or "specialists" not in pipeline.stages):
+        raise ConfigError(
+            "controls has 'student', the student by the other method of sft and on_policy, which needs the stage specialists and "
+            f"student.method sft or on_policy (it is {pipeline.student.method})"
+        )
+    if "student" in pipeline.controls and "data" not in pipeline.stages and not pipeline.student.rows:
+        raise ConfigError(
+            "controls has 'student', but stages has no 'data' that one of the two students learns from: add 'data'"
+        )
+
+
 def _check_specialists(pipeline: PipelineConfig) -> None:
     for domain, own in pipeline.specialists.items():
         if domain not in pipeline.domains:
@@ -178,6 +208,13 @@ def _check_specialists(pipeline: PipelineConfig) -> None:
         if isinstance(own, str) and domain not in [d.get("name") for d in specialist_values(own).get("domains", [])]:
             raise ConfigError(
                 f"specialists.{domain} is {own}, which has no domain called {domain!r}: name the same domain in both"
+            )
+        theirs = pipeline.stage_run("specialist", pipeline.model or "base", domain).domains[0].template
+        ours = pipeline.stage_run("evaluation", pipeline.model or "base", domain).domains[0].template
+        if theirs != ours:
+            raise ConfigError(
+                f"specialists.{domain} asks with template options {theirs}, run.domains with {ours}: the student would be trained and "
+                f"evaluated in another mode than its specialist; give domain {domain!r} the same `template` in both"
             )
 
 

@@ -98,7 +98,11 @@ def result_sections(result: Mapping[str, Any]) -> Iterator[str]:
             if domain not in results or (name.startswith("specialist-") and name != f"specialist-{domain}"):
                 continue
             r = results[domain]
-            label = "specialist" if name.startswith("specialist-") else name.replace("mixed-", "mixed, ")
+            label = (
+                "specialist"
+                if name.startswith("specialist-")
+                else name.replace("mixed-", "mixed, ").replace("student-", "student, ")
+            )
             intervals.append(
                 Interval(label, r["mean"], r["low"], r["high"], f"{r['num_tasks']} tasks, {r['length']:.1f} tokens")
             )

@@ -54,6 +54,7 @@ class TaskSampler:
             sampling=make_sampling(self.config, domain, seed=_seed(self.config.seed, domain.name, key)),
             max_turns=domain.max_turns,
             max_total_tokens=domain.max_total_tokens,
+            template=domain.template,
         )
 
     def _draw(self, domain: DomainConfig, draw: int) -> Task:

@@ -1,6 +1,6 @@
 """`winnow submit`: a command of ours as a Ray job. Builds the wheel, ships it to every node, follows the log, returns the job's code.
 
-Nothing here needs torch or transformers: a client has Ray, PyYAML, setuptools and wheel. Exit codes: the command's own (0 done, 1 failed, 2
+Nothing here needs torch or transformers: a client has Ray, PyYAML and pip (setuptools where no package index is in reach). Exit codes: the command's own (0 done, 1 failed, 2
 wrong usage), 130 for a job that was stopped.
 
 this machine                                  the cluster
@@ -29,6 +29,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 SUCCEEDED, FAILED, STOPPED = "SUCCEEDED", "FAILED", "STOPPED"
 STOP_CODE = 130
 WRITES = ("train", "distill", "pipeline")
+BUILD_TIMEOUT_S = 300.0
 MAX_FILE = 10 << 20  # bytes of a local file that travels with the job
 
 
@@ -257,26 +258,27 @@ def build_wheel(folder: Path) -> Path:
     for name in ("README.md", "LICENSE"):
         shutil.copyfile(source / name, copy / name)
     (copy / "pyproject.toml").write_text(shipped_project((source / "pyproject.toml").read_text(), content_hash(copy)))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(folder),
-        str(copy),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise RuntimeError(
-            f"the wheel of {source} could not be built (setuptools and wheel must be installed here): {tail}"
-        )
-    return wheels[0]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    said = []
+    for isolation in (
+        ["--no-build-isolation"],
+        [],
+    ):  # with this Python's build tools; where they are missing or old, with fresh ones
+        whole = [*command, *isolation, str(copy)]
+        try:
+            done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=BUILD_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"pip did not build the wheel of {source} within {BUILD_TIMEOUT_S:g} s: does `{shlex.join(whole)}` hang by itself?"
+            ) from None
+        wheels = list(folder.glob("*.whl"))
+        if not done.returncode and wheels:
+            return wheels[0]
+        said.append(" ".join((done.stderr or done.stdout).strip().splitlines()[-3:]))
+    raise RuntimeError(
+        f"the wheel of {source} could not be built, neither with what is installed here (pip install 'setuptools>=77' wheel): {said[0]}; "
+        f"nor with build tools of pip's own: {said[1]}"
+    )
 
 
 def shipped_project(text: str, content: str) -> str:

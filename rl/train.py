@@ -94,5 +94,6 @@ def learn(
         **advantages.metrics,
         **held_out_metrics(config, groups),
         **report.metrics,
+        **cluster.engine_metrics(),
         **speed_metrics(watch.times, groups),
     }

@@ -24,7 +24,8 @@ def convert(arguments: argparse.Namespace) -> None:
         from winnow.rl.ablation import as_markdown, convert_table
 
         ks = arguments.k or [options.top_k]
-        print(as_markdown(convert_table(arguments.model, arguments.out, options, ks, say, arguments.limit_s)))
+        made = convert_table(arguments.model, arguments.out, options, ks, say, arguments.limit_s, arguments.recipe_only)
+        print(as_markdown(made))
         return
     run(arguments.model, arguments.out, options, progress=say)
 
@@ -40,10 +41,12 @@ def train(arguments: argparse.Namespace) -> int:
         print(describe_plan(config))
         return 0
     from winnow.models.load import read_config, resolve
+    from winnow.rl.rendering import check_templates
     from winnow.rl.report import write_report
     from winnow.rl.train import train as run
 
     read_config(resolve(config.model.path))  # before any process is started
+    check_templates(config.model.path, config.domains)
 
     result = run(config, progress=say)
     say(f"run folder {config.folder}, report {write_report(config.folder)}")
@@ -67,9 +70,11 @@ def pipeline(arguments: argparse.Namespace) -> None:
         return
     from winnow.models.load import read_config, resolve
     from winnow.rl.pipeline import run_pipeline
+    from winnow.rl.rendering import check_templates
 
     if config.model:
         read_config(resolve(config.model))
+        check_templates(config.model, config.stage_run("evaluation", config.model).domains)
     if getattr(arguments, "mixing", False):
         from winnow.rl.mixing import Mixing
 
@@ -116,8 +121,10 @@ def eval(arguments: argparse.Namespace) -> None:
     from winnow.rewards.benchmarks import load_benchmark
     from winnow.rewards.registry import prepare
     from winnow.rl.evaluate import details, evaluate, make_requests, table
+    from winnow.rl.generate import template_options
     from winnow.rl.local import local_pool
 
+    options = template_options(arguments.template_option)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     tasks = []
     for name in names:
@@ -140,9 +147,13 @@ def eval(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
         max_turns={Path(name).stem: arguments.max_turns for name in names},
         seed=arguments.seed,
+        templates={task.domain: options for task in tasks},
     )
     answers = Path(arguments.out or f"{Path(arguments.model).name}.answers.jsonl")
-    model = f"{Path(arguments.model).resolve() if Path(arguments.model).exists() else arguments.model} {arguments.selector} {arguments.dtype}"
+    model = (
+        f"{Path(arguments.model).resolve() if Path(arguments.model).exists() else arguments.model} {arguments.selector} {arguments.dtype}"
+        + (f" {options}" if options else "")
+    )
     with local_pool(arguments, requests) as pool:
         start = time.monotonic()
         tokenizer = pool.runner.engine.tokenizer
@@ -276,6 +287,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    if arguments.provenance:
+        from winnow.rl.provenance import trace_lines
+
+        for line in trace_lines(Path(arguments.run)):
+            print(line)
+        return
     from winnow.rl.report import write_report
 
     print(write_report(Path(arguments.run), Path(arguments.out) if arguments.out else None))

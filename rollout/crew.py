@@ -3,8 +3,8 @@
     starting -> loading (current weights) -> ready -> (dead, hung or late) -> starting ... | failed
     ledger's line -> dispatch -> [ready worker with the least to do] -> collect -> ledger
 
-A worker that dies, stops answering pings or works past its limit is named in the log with its cause, its requests go back to the ledger
-and another process takes its place. Nothing here waits: the pool's thread calls `collect` for what Ray has finished, then `check`.
+A request goes to one worker, whose samples share its prefill, and each sample comes back as it finishes. A worker that dies, stops
+answering pings or works past its limit is named in the log with its cause, what it has not delivered goes back to the ledger and another process takes its place. Nothing here waits: the pool's thread calls `collect` for what Ray has finished, then `check`.
 Not locked: the pool calls it under its own lock.
 """
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
-from winnow.rollout.handles import PoolLimits, Worker, cause_of, last_lines, options_of
+from winnow.rollout.handles import PoolLimits, Sent, Worker, cause_of, last_lines, options_of
 from winnow.rollout.ledger import Call, Job, Ledger
 from winnow.rollout.worker import WorkerSpec, code_version
 
@@ -40,6 +41,7 @@ class Crew:
         self.refusals: dict[int, Exception] = {}  # version -> a worker's refusal of that update
         self._options = [options_of(each, spec.threads) for each in options]
         self._class, self._up = worker_class, False
+        self._tickets = count()  # of samples that were sent: a late answer to one that was cancelled fits no other
         self.workers = [Worker(number) for number in range(len(options))]
         for worker in self.workers:
             self._start(worker)
@@ -50,21 +52,22 @@ class Crew:
 
     def references(self) -> list[Any]:
         """Everything that a worker still owes an answer to."""
-        awaited = [ref for worker in self.workers for ref in (worker.awaited, worker.ping) if ref is not None]
-        return awaited + [ref for worker in self.workers for ref in worker.jobs]
+        calls = [ref for w in self.workers for ref in (w.awaited, w.ping, w.poll, *w.asked)]
+        return [ref for ref in calls if ref is not None]
 
     def dispatch(self) -> None:
         """Sends requests, oldest first, each to the ready worker with the fewest samples under way, up to 1.5 batches."""
         room = self.spec.engine.max_batch * 3 // 2
         while self.ledger.line:
-            need = self.ledger.line[0].request.num_samples
-            free = [w for w in self.ready if not w.jobs or w.load + need <= room]
+            need = len(self.ledger.line[0].waiting)
+            free = [w for w in self.ready if not w.sent or w.load + need <= room]
             if not free:
                 return
             worker = min(free, key=lambda w: (w.load, w.number))
-            job = self.ledger.line.popleft()
-            job.sent = time.monotonic()
-            worker.jobs[worker.actor.generate.remote([job.request])] = job
+            job, samples = self.ledger.take()
+            tickets = {sample: next(self._tickets) for sample in samples}
+            worker.sent |= {ticket: Sent(job, sample, time.monotonic()) for sample, ticket in tickets.items()}
+            worker.asked[worker.actor.start.remote(job.request, tickets)] = list(tickets.values())
 
     def load(self, weights: tuple[Any, int]) -> tuple[Any, int] | None:
         """From now on every worker must have these; the ready ones get them now. Returns what they replace."""
@@ -78,29 +81,30 @@ class Crew:
         """Takes in one finished reference."""
         import ray
 
-        worker = next((w for w in self.workers if ref in (w.awaited, w.ping) or ref in w.jobs), None)
+        worker = next((w for w in self.workers if ref in (w.awaited, w.ping, w.poll) or ref in w.asked), None)
         if worker is None:
             return  # of a worker replaced since
-        job = worker.jobs.get(ref)
         try:
             value = ray.get(ref, timeout=self.limits.load_timeout_s)
         except ray.exceptions.RayActorError as error:
-            stage = "generating" if worker.jobs and worker.state == "ready" else worker.state
+            stage = "generating" if worker.sent and worker.state == "ready" else worker.state
             why = f"died while {stage}: {cause_of(error)}{last_lines(worker.log)}"
             self._replace(worker, why, killed=not error.actor_init_failed)
             return
         except Exception as error:
             cause = getattr(error, "cause", None) or error
-            if job is None:
-                self._answer_failed(worker, cause)
+            if ref == worker.poll:  # nobody knows which samples were in it
+                self._replace(worker, f"could not hand over what it generated: {cause_of(error)}")
+            elif ref in worker.asked:
+                self._take_in(worker, [(ticket, cause) for ticket in worker.asked.pop(ref)])
             else:
-                del worker.jobs[ref]
-                self._lost(job, cause, f"failed on {worker}")
+                self._answer_failed(worker, cause)
             return
-        if job is not None:
-            worker.progress = time.monotonic()
-            del worker.jobs[ref]
-            self.ledger.deliver(job, value[0])
+        if ref == worker.poll:
+            worker.poll = worker.actor.finished.remote()
+            self._take_in(worker, value)
+        elif ref in worker.asked:
+            del worker.asked[ref]
         elif ref == worker.ping:
             worker.ping, worker.pinged = None, time.monotonic()
         else:
@@ -114,7 +118,7 @@ class Crew:
         waits = {"starting": limits.start_timeout_s, "loading": limits.load_timeout_s}
         for worker in self.workers:
             since = now - worker.since
-            oldest = now - min((max(job.sent, worker.progress) for job in worker.jobs.values()), default=now)
+            oldest = now - min((max(each.at, worker.progress) for each in worker.sent.values()), default=now)
             if worker.state in waits and since > waits[worker.state]:
                 hint = "; are there free CPUs or GPUs in the cluster for it?" if worker.state == "starting" else ""
                 self._replace(worker, f"did not finish {worker.state} within {since:.0f} s{hint}", TimeoutError)
@@ -132,21 +136,21 @@ class Crew:
         """Forgets what is left of a call, here and on the workers."""
         self.ledger.drop(call)
         for worker in self.workers:
-            mine = [ref for ref, job in worker.jobs.items() if job.call is call]
-            ids = [worker.jobs.pop(ref).request.request_id for ref in mine]
-            if ids and worker.state in ("ready", "loading"):
-                worker.actor.cancel.remote(ids)
+            mine = [ticket for ticket, each in worker.sent.items() if each.job.call is call]
+            keys = [worker.sent.pop(ticket).key for ticket in mine]
+            if keys and worker.state in ("ready", "loading"):
+                worker.actor.cancel.remote(keys)
 
     def fail(self, error: Exception) -> None:
         """Ends every call with `error`."""
         self.ledger.fail(error)
         for worker in self.workers:
-            worker.jobs.clear()
+            worker.sent.clear()
 
     def kill(self, worker: Worker) -> None:
         import ray
 
-        worker.awaited = worker.ping = None
+        worker.awaited = worker.ping = worker.poll = None
         if worker.actor is not None:
             try:
                 ray.kill(worker.actor, no_restart=True)
@@ -183,33 +187,49 @@ class Crew:
         if worker.state == "starting" or worker.failures:
             log.info("%s is ready with weights of version %d", str(worker), worker.version)
         worker.state, worker.failures, self._up = "ready", 0, True
+        if worker.poll is None:
+            worker.poll = worker.actor.finished.remote()
+
+    def _take_in(self, worker: Worker, results: Sequence[tuple[int, Any]]) -> None:
+        """Samples that a worker finished, or why it could not."""
+        for ticket, outcome in results:
+            sent = worker.sent.pop(ticket, None)
+            if sent is None:
+                continue  # cancelled meanwhile
+            worker.progress = time.monotonic()
+            if isinstance(outcome, Exception):
+                self._lost(sent.job, [sent.sample], outcome, f"failed on {worker}")
+            else:
+                self.ledger.deliver(sent.job, sent.sample, outcome)
 
     def _answer_failed(self, worker: Worker, cause: Exception) -> None:
-        if worker.state == "loading" and isinstance(cause, ValueError):  # a bad update: the worker keeps what it had
+        if worker.state == "loading" and isinstance(
+            cause, ValueError | TimeoutError
+        ):  # a bad update, or no end of a drain
             self.refusals[worker.loading] = type(cause)(f"{worker} refused the update: {cause}")
             worker.awaited, worker.state = None, "ready"
             return
         self._replace(worker, f"failed while {worker.state}: {cause}")
 
-    def _lost(self, job: Job, error: Exception, how: str) -> None:
-        failed = self.ledger.lost(job, error, how)
+    def _lost(self, job: Job, samples: Sequence[int], error: Exception, how: str) -> None:
+        failed = self.ledger.lost(job, samples, error, how)
         if failed is not None:
             self.cancel(failed)
 
     def _replace(self, worker: Worker, why: str, kind: type[Exception] = RuntimeError, killed: bool = False) -> None:
-        """Names a worker that is lost, starts another in its place with the current weights, and sends its requests elsewhere.
+        """Names a worker that is lost, starts another in its place with the current weights, and sends what it owes elsewhere.
 
         Before any worker has been up, only one whose process was `killed` is started again: whatever else goes wrong then is a mistake
         in the set-up, and would go wrong again.
         """
-        jobs = list(worker.jobs.values())
+        missing = worker.take_back()
         was_up = worker.state == "ready"
         error = kind(f"{worker} {why}")  # as text now: a record may be formatted when the worker is another process
-        log.error("%s; %d of its requests are sent again", error, len(jobs))
+        count = sum(map(len, missing.values()))
+        log.error("%s; %d samples of %d requests are sent again", error, count, len(missing))
         self.kill(worker)
-        worker.jobs.clear()
-        for job in reversed(jobs):
-            self._lost(job, error, "was lost")
+        for job, samples in reversed(missing.items()):
+            self._lost(job, samples, error, "was lost")
         worker.failures = 0 if was_up else worker.failures + 1
         if (self._up or killed) and worker.failures < self.limits.max_restarts:
             self._start(worker)

@@ -35,6 +35,7 @@ from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
 
 SCORED = 256  # rows of logits of one piece of an exact scoring
+ON_UPDATE = ("recompute", "drain")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +52,20 @@ class EngineConfig:
     selector: str = "indexer"
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU and the model's forward pass allows it
     exact: bool = False  # on a GPU: bits of a token that depend on its own sequence alone, not on the batch or on how it was computed
+    reuse_prefixes: bool = (
+        True  # start a prefill behind the pages that an earlier request left, within one policy version
+    )
+    on_update: str = "recompute"  # new weights: live samples go on under them, or (drain) end under the old ones first
+    drain_timeout_s: float = 300.0  # how long an update waits for them
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "max_batch", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} is {getattr(self, name)}, but it must be >= 1")
+        if self.on_update not in ON_UPDATE:
+            raise ValueError(f"rollout.on_update is {self.on_update!r}, but it must be one of {', '.join(ON_UPDATE)}")
+        if self.drain_timeout_s <= 0:
+            raise ValueError(f"rollout.drain_timeout_s is {self.drain_timeout_s}, but it must be > 0 seconds")
 
 
 class Engine:
@@ -85,7 +95,15 @@ class Engine:
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self.version = 0
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0, "prefill_steps": 0, "decode_steps": 0}
-        self.scheduler = Scheduler(self.cache, config.max_batch, config.prefill_chunk, self.context)
+        self.scheduler = Scheduler(
+            self.cache,
+            config.max_batch,
+            config.prefill_chunk,
+            self.context,
+            reuse=config.reuse_prefixes,
+            record_from=self.index_k if self.records else None,
+        )
+        self.paused = False
         self.fused = self.device.type == "cuda" and inference.takes(model)
         if config.exact and self.device.type == "cuda" and not self.fused:
             raise ValueError(
@@ -105,7 +123,40 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether `step` would do anything."""
+        return not self.paused and self.scheduler.has_work and not self.drained
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, and the version in use."""
+        scheduler = self.scheduler
+        more = {"preemptions": scheduler.preemptions, "reused_tokens": scheduler.reused_tokens, "version": self.version}
+        return {**self.counters, **more}
+
+    def pause(self) -> None:
+        """Stops at this token: `step` does nothing until `resume`. What is cached stays."""
+        self.paused = True
+
+    def drain(self) -> None:
+        """Lets samples that have begun run to their end and starts no other until `resume`."""
+        self.scheduler.draining = True
+
+    def resume(self) -> None:
+        """Ends `pause` and `drain`."""
+        self.paused = self.scheduler.draining = False
+
+    @property
+    def drained(self) -> bool:
+        """Whether a drain is over: no sample that has begun is left, between turns or otherwise."""
+        return self.scheduler.draining and not self.scheduler.started
+
+    def abort(self) -> list[Sequence]:
+        """Ends every live sample where it is, as "abort"; returns them, released."""
+        aborted = list(self.scheduler.live)
+        for sequence in aborted:
+            self.release(sequence)
+            sequence.finish = "abort"
+        return aborted
 
     def add(
         self,
@@ -181,6 +232,8 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """One forward; returns the sequences whose turn ended. Extend or release each before the next step, or its pages stay taken."""
+        if self.paused:
+            return []
         with torch.inference_mode():
             ended = self._start(self.scheduler.admit())
             prefilled = self._prefill()

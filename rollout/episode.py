@@ -51,6 +51,11 @@ class _Job:
     episodes: list[_Episode] = field(default_factory=list)
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
 
+    @property
+    def numbers(self) -> range:
+        first = self.request.first_sample or 0
+        return range(first, first + self.request.num_samples)
+
 
 class EpisodeRunner:
     """Runs requests on one engine: `add` any number at any time, `step` until `has_work` is False."""
@@ -64,38 +69,39 @@ class EpisodeRunner:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._jobs)
+        """Whether `step` would do anything: False without requests, and while the engine is paused or drained."""
+        return bool(self._jobs) and (bool(self._answering) or self.engine.has_work)
 
     def add(self, request: Request) -> None:
         """Starts a request. ValueError, leaving nothing behind: a repeated id, no environments, a prompt that does not fit."""
-        if request.request_id in self._jobs:
+        if request.key in self._jobs:
             raise ValueError(f"request {request.request_id!r} is already running: every request needs an id of its own")
         if request.num_samples < 1 or request.max_turns < 1:
             raise ValueError(
                 f"request {request.request_id!r} asks for {request.num_samples} samples of {request.max_turns} turns: both must be >= 1"
             )
-        job = self._jobs[request.request_id] = _Job(request=request)
+        job = self._jobs[request.key] = _Job(request=request)
         try:
-            for number in range(request.num_samples):
+            for number in job.numbers:
                 self._open(job, number)
         except BaseException:
-            self.cancel(request.request_id)
+            self.cancel(request.key)
             raise
 
-    def cancel(self, request_id: str) -> None:
-        """Drops a request and all its samples; unknown ids are ignored."""
-        job = self._jobs.pop(request_id, None)
+    def cancel(self, key: str) -> None:
+        """Drops a request and all its samples; unknown keys (`Request.key`) are ignored."""
+        job = self._jobs.pop(key, None)
         for episode in job.episodes if job else ():
             if episode.sample is not None:
                 self._episodes.pop(episode.sample, None)
                 self.engine.release(episode.sample)
 
     def cancel_all(self) -> None:
-        for request_id in list(self._jobs):
-            self.cancel(request_id)
+        for key in list(self._jobs):
+            self.cancel(key)
 
     def step(self) -> list[tuple[str, Group | Exception]]:
-        """One engine step and the environments' answers to it: (request id, group or why there is none) of what ended."""
+        """One engine step and the environments' answers to it: (request's key, group or why there is none) of what ended."""
         results: list[tuple[str, Group | Exception]] = []
         if self._answering and not self.engine.has_work:
             wait(self._answering, IDLE_S, FIRST_COMPLETED)
@@ -111,13 +117,13 @@ class EpisodeRunner:
                 else:
                     self._after_answer(episode, sample, _outcome(episode, lambda: future.result(0)))  # noqa: B023
             except Exception as error:
-                self.cancel(request.request_id)
-                results.append((request.request_id, error))
+                self.cancel(request.key)
+                results.append((request.key, error))
                 continue
             if len(episode.job.trajectories) == request.num_samples:
-                del self._jobs[request.request_id]
-                ordered = tuple(episode.job.trajectories[i] for i in range(request.num_samples))
-                results.append((request.request_id, Group(request=request, trajectories=ordered)))
+                del self._jobs[request.key]
+                ordered = tuple(episode.job.trajectories[number] for number in episode.job.numbers)
+                results.append((request.key, Group(request=request, trajectories=ordered)))
         return results
 
     def run(self, requests: Sequence[Request]) -> list[Group]:
@@ -149,7 +155,7 @@ class EpisodeRunner:
             messages += environment.reset(task)
         episode = _Episode(job=job, number=number, messages=messages, environment=environment)
         job.episodes.append(episode)
-        prompt = self.template.prompt_ids(messages)
+        prompt = self.template.prompt_ids(messages, request.template)
         total = request.max_total_tokens
         [episode.sample] = self.engine.add(prompt, request.sampling, 1, request.request_id, total, first_sample=number)
         self._episodes[episode.sample] = episode
@@ -181,7 +187,8 @@ class EpisodeRunner:
         if answer.done:
             episode.reason = "done"
         elif episode.reason != "length" and episode.turns < episode.job.request.max_turns:
-            observation = self.template.observation_ids(episode.messages, answer.messages, sample.tokens[-1])
+            options = episode.job.request.template
+            observation = self.template.observation_ids(episode.messages, answer.messages, sample.tokens[-1], options)
             if len(observation) < sample.room:
                 before = len(sample.tokens)
                 self.engine.extend(sample, observation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from winnow.rollout.ledger import Job
@@ -23,6 +23,20 @@ class PoolLimits:
 
 
 @dataclass(eq=False, slots=True)
+class Sent:
+    """One sample of a job at a worker, and when it was sent (monotonic seconds)."""
+
+    job: Job
+    sample: int
+    at: float
+
+    @property
+    def key(self) -> str:
+        """Its name at the worker, see `Request.key`."""
+        return replace(self.job.request, first_sample=self.sample).key
+
+
+@dataclass(eq=False, slots=True)
 class Worker:
     number: int
     actor: Any = None
@@ -31,7 +45,9 @@ class Worker:
     awaited: Any = None  # what the state waits for
     loading: int = -1  # the version being loaded
     version: int = -1
-    jobs: dict[Any, Job] = field(default_factory=dict)  # by result reference
+    sent: dict[int, Sent] = field(default_factory=dict)  # by ticket
+    asked: dict[Any, list[int]] = field(default_factory=dict)  # calls of `start` under way -> tickets
+    poll: Any = None  # the call of `finished` under way
     progress: float = 0.0  # when it last delivered
     ping: Any = None  # a heartbeat that was asked for, and when the last one was asked for or answered
     pinged: float = 0.0
@@ -41,14 +57,24 @@ class Worker:
 
     @property
     def load(self) -> int:
-        return sum(job.request.num_samples for job in self.jobs.values())
+        """Samples under way."""
+        return len(self.sent)
+
+    def take_back(self) -> dict[Job, list[int]]:
+        """The samples it has not delivered, by request, oldest first; it has none from here on."""
+        missing: dict[Job, list[int]] = {}
+        for each in self.sent.values():
+            missing.setdefault(each.job, []).append(each.sample)
+        self.sent.clear()
+        self.asked.clear()
+        return missing
 
     @property
     def task(self) -> str:
         """What it is busy with, in words."""
-        if not self.jobs:
+        if not self.sent:
             return self.state if self.state != "ready" else "idle"
-        names = sorted(job.request.request_id for job in self.jobs.values())
+        names = sorted({each.job.request.request_id for each in self.sent.values()})
         return f"generating {names[0]!r} ({len(names)} requests)"
 
     def __str__(self) -> str:

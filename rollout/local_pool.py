@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from time import monotonic
 from typing import Any
 
 import numpy as np
 
 from winnow.rollout.schema import Group, Request
 from winnow.rollout.weights import WeightUpdate
-from winnow.rollout.worker import WorkerSpec, build_runner, load_update
+from winnow.rollout.worker import WorkerSpec, build_runner, drained, load_update
 
 
 class LocalPool:
@@ -20,6 +21,7 @@ class LocalPool:
 
         torch.set_num_threads(spec.threads)
         self.runner = build_runner(spec)
+        self._finished: dict[str, Group | Exception] = {}  # until the iterator of their call asks
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Group]:
         """Each request's group once, as it finishes. A request that cannot be run raises, and cancels the others."""
@@ -37,25 +39,40 @@ class LocalPool:
     def _drain(self, missing: set[str]) -> Iterator[Group]:
         try:
             while missing:
-                for request_id, result in self.runner.step():
+                for request_id in [name for name in self._finished if name in missing]:
                     missing.discard(request_id)
+                    result = self._finished.pop(request_id)
                     if isinstance(result, Exception):
                         raise result
                     yield result
+                if missing:
+                    self._finished.update(self.runner.step())
         finally:
             for request_id in missing:
                 self.runner.cancel(request_id)
+                self._finished.pop(request_id, None)
 
     def push_weights(self, update: WeightUpdate, version: int | None = None) -> dict[int, int]:
-        """Replaces the weights; {worker 0: version}. WeightError names a bad tensor and leaves the old weights."""
-        return {0: load_update(self.runner.engine, update)}
+        """Replaces the weights; {worker 0: version}. WeightError names a bad tensor and leaves the old weights.
+
+        With on_update drain the samples that have begun end first; TimeoutError where that takes longer than drain_timeout_s.
+        """
+        engine, since = self.runner.engine, monotonic()
+        if engine.config.on_update == "recompute":
+            return {0: load_update(engine, update)}
+        engine.drain()
+        try:
+            while not drained(engine, update.version, since):
+                self._finished.update(self.runner.step())
+            return {0: load_update(engine, update)}
+        finally:
+            engine.resume()
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         return [self.runner.engine.score(tokens, temperature) for tokens in sequences]
 
     def stats(self) -> dict[int, dict[str, Any]]:
-        engine = self.runner.engine
-        return {0: {**engine.counters, "preemptions": engine.scheduler.preemptions, "version": engine.version}}
+        return {0: self.runner.engine.stats}
 
     def shutdown(self) -> None:
         self.runner.cancel_all()

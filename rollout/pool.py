@@ -49,7 +49,7 @@ class Pool:
             self.limits = replace(self.limits, request_timeout_s=timeout_s)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._closed = False
+        self._closed, self._why = False, ""
         self._ledger = Ledger(self.limits.max_attempts)
         with self._lock:
             self._crew = Crew(spec, actor_options, self.limits, worker_class, self._ledger)
@@ -110,22 +110,28 @@ class Pool:
         """Counters of the workers that are up."""
         import ray
 
-        ready = self._crew.ready
-        values = ray.get([worker.actor.stats.remote() for worker in ready], timeout=self.limits.load_timeout_s)
-        return {worker.number: value for worker, value in zip(ready, values, strict=True)}
+        asked = {worker.number: worker.actor.stats.remote() for worker in self._crew.ready}
+        found = {}
+        for number, ref in asked.items():
+            try:
+                found[number] = ray.get(ref, timeout=self.limits.load_timeout_s)
+            except ray.exceptions.RayActorError:  # it died meanwhile: the watching thread names it and starts another
+                continue
+        return found
 
     def describe(self) -> dict[int, str]:
         """{worker: "state, where"}."""
         with self._lock:
             return {worker.number: f"{worker.state}, {worker.where}" for worker in self._crew.workers}
 
-    def shutdown(self) -> None:
-        """Kills all workers and ends all calls. May be called twice."""
+    def shutdown(self, why: str = "the rollout pool was shut down") -> None:
+        """Kills all workers and ends all calls, with `why` as their error. May be called twice."""
         with self._changed:
             if self._closed:
                 return
             self._closed = True
-            self._crew.fail(RuntimeError("the rollout pool was shut down"))
+            self._why = why
+            self._crew.fail(RuntimeError(why))
             for worker in self._crew.workers:
                 self._crew.kill(worker)
             self._changed.notify_all()
@@ -163,7 +169,7 @@ class Pool:
         if self._crew.error is not None:
             raise self._crew.error
         if self._closed:
-            raise RuntimeError("the rollout pool was shut down")
+            raise RuntimeError(self._why)
 
     def _watch(self) -> None:
         """The thread: takes in what Ray has finished, checks limits, sends what can be sent."""

@@ -2,7 +2,8 @@
 
     waiting (by age) -> slot -> prefilling -> running -> turn ends -> extend: waiting again | release
 
-Samples of one prompt wait for one prefill and fork off it. Who needs a page may push out younger holders (idle prompts first); those
+Samples of one prompt wait for one prefill and fork off it. What is cached of a prefix outlives its request: full pages are published under
+a hash of their tokens, and a prefill begins behind those that it finds. While draining, only samples that have begun go on. Who needs a page may push out younger holders (idle prompts first); those
 keep their tokens and are prefilled again later. The oldest can always go on, so nobody waits for ever.
 """
 
@@ -58,8 +59,19 @@ class Slots:
 class Scheduler:
     """Owns every live sequence and the pages each holds. Never runs the model."""
 
-    def __init__(self, cache: PagedCache, max_batch: int, prefill_chunk: int, context: int) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        max_batch: int,
+        prefill_chunk: int,
+        context: int,
+        reuse: bool = False,  # look for published pages, and publish
+        record_from: int | None = None,  # the first position whose index sets are recorded; None: none are
+    ) -> None:
         self.cache, self.prefill_chunk = cache, prefill_chunk
+        self.reuse, self.record_from = reuse, record_from
+        self.draining = False
+        self.reused_tokens = 0
         self.live: dict[Sequence, None] = {}
         self.running: list[Sequence] = []
         self.slots = Slots(max_batch, cache.pages_for(context))
@@ -120,23 +132,33 @@ class Scheduler:
 
     def evict_all(self) -> None:
         """Drops everything that is cached: nothing computed so far may be read again."""
+        publishing, self.reuse = self.reuse, False
         for parent in self._prompts.values():
             self._evict_prompt(parent)
         for sequence in reversed(self.live):
             self._evict(sequence)
+        self.cache.forget()
+        self.reuse = publishing
+
+    @property
+    def started(self) -> list[Sequence]:
+        """Live samples that have begun: those with a slot, and those past their prompt."""
+        return [sequence for sequence in self.live if sequence.slot >= 0 or sequence.prompt is None]
 
     def admit(self) -> list[Sequence]:
         """Gives slots to waiting sequences, oldest first; returns those whose prompt is prefilled already."""
         ready: list[Sequence] = []
-        while self._waiting and self._free_slots:
-            sequence = self._waiting[0]
+        while self._free_slots:
+            sequence = next((s for s in self._waiting if not self.draining or s.prompt is None), None)
+            if sequence is None:
+                break
             parent = sequence.prompt
             span = parent if parent is not None else sequence
             wanted = self.cache.pages_for(len(span.tokens) + 1) - len(span.pages)
             busy = bool(self.running or self._prefilling or ready)
             if busy and self.cache.num_free < wanted + len(self.running) + len(ready):
                 break  # it would only push somebody else out
-            self._waiting.pop(0)
+            self._waiting.remove(sequence)
             sequence.slot = self._free_slots.pop()
             if parent is None:
                 self._prefilling.append(sequence)
@@ -176,6 +198,8 @@ class Scheduler:
                 break
             if span not in self._prefilling:
                 continue  # pushed out by an older one in this very loop
+            if self.reuse and not span.pages:
+                self._match(span)
             count = min(span.num_missing, budget)
             try:
                 self.take_pages(span, span.num_cached + count, anyone=not (plan or self.running))
@@ -195,6 +219,7 @@ class Scheduler:
         resumed: list[Sequence] = []
         rows = []
         for row, span in enumerate(spans):
+            self._publish(span)
             if isinstance(span, Prompt):
                 span.logits = logits[row]
                 starting += span.starting
@@ -251,7 +276,7 @@ class Scheduler:
         if starved and not alone and parent.waiting > 1:
             self._requeue(sequence)
             return False
-        sequence.records = list(parent.records)
+        sequence.records, sequence.keys = list(parent.records), list(parent.keys)
         if parent.waiting == 1 or starved:
             sequence.pages, parent.pages = parent.pages, []
             if starved:
@@ -273,8 +298,31 @@ class Scheduler:
         sequence.slot = -1
         self.resume(sequence)
 
+    def _match(self, span: Span) -> None:
+        """Begins a prefill behind the published pages of its prefix; its last token is always left, for its logits."""
+        whole = (len(span.tokens) - 1) // self.cache.page_size
+        keys = self.cache.extend_keys(span.keys, span.tokens, whole)
+        span.pages, records = self.cache.match(keys[:whole])
+        span.num_cached = len(span.pages) * self.cache.page_size
+        span.records = [(record, 0, record.shape[1]) for record in records]
+        self.reused_tokens += span.num_cached
+
+    def _publish(self, span: Span) -> None:
+        """Publishes the full pages that `span` is about to leave or to share, with the records of their queries."""
+        if not self.reuse:
+            return
+        size, first = self.cache.page_size, self.record_from
+        keys = self.cache.extend_keys(span.keys, span.tokens, span.num_cached // size)
+        new = [number for number in range(span.num_cached // size) if not self.cache.published(keys[number])]
+        recorded = [number for number in new if first is not None and (number + 1) * size > first]
+        bounds = [(max(0, number * size - (first or 0)), (number + 1) * size - (first or 0)) for number in recorded]
+        records = dict(zip(recorded, span.record_rows(bounds) if bounds else (), strict=True))
+        for number in new:
+            self.cache.publish(keys[number], span.pages[number], records.get(number))
+
     def _evict(self, sequence: Sequence) -> None:
         """Takes pages and slot away; a sequence whose turn was under way waits again."""
+        self._publish(sequence)
         self.cache.free(sequence.pages)
         sequence.pages, sequence.num_cached, sequence.records = [], 0, []
         if sequence.slot < 0:

@@ -83,7 +83,10 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A task to be sampled `num_samples` times. Delivered exactly once, whole, under `request_id`."""
+    """A task to be sampled `num_samples` times. Delivered exactly once, whole, under `request_id`.
+
+    first_sample: set by the pool, which asks a worker for one sample at a time: samples first_sample .. first_sample + num_samples - 1.
+    """
 
     request_id: str
     task: Task
@@ -91,6 +94,13 @@ class Request:
     sampling: Sampling
     max_turns: int = 1
     max_total_tokens: int | None = None  # prompt + every turn; None: the engine's context
+    template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template, e.g. enable_thinking
+    first_sample: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What a worker knows it by: `request_id`, for a part of a request with its first sample's number."""
+        return self.request_id if self.first_sample is None else f"{self.request_id}/{self.first_sample}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

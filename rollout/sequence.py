@@ -24,10 +24,25 @@ class Span:
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     records: list[RecordPart] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its full pages, see PagedCache.extend_keys
 
     @property
     def num_missing(self) -> int:
         return len(self.tokens) - self.num_cached
+
+    def record_rows(self, bounds: Row[tuple[int, int]]) -> list[np.ndarray]:
+        """Copies [layers, rows, k] of the recorded rows start..end of each of the ascending `bounds`: no step's array is kept alive."""
+        ends = np.cumsum([end - start for _, start, end in self.records], dtype=np.int64)
+        copies = []
+        for low, high in bounds:
+            first, last = (int(np.searchsorted(ends, row, side="right")) for row in (low, high - 1))
+            assert last < len(ends), f"row {high - 1} was not recorded: there are {ends[-1] if len(ends) else 0}"
+            pieces = []
+            for (array, start, end), until in zip(self.records[first : last + 1], ends[first : last + 1], strict=True):
+                shift = start - (int(until) - (end - start))  # row 0 of this sequence, in the array
+                pieces.append(array[:, max(start, low + shift) : min(end, high + shift)])
+            copies.append(np.concatenate(pieces, axis=1))
+        return copies
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

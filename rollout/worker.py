@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import queue
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -20,9 +23,12 @@ import numpy as np
 
 from winnow.rollout.engine import Engine, EngineConfig
 from winnow.rollout.episode import EnvironmentFactory, EpisodeRunner
-from winnow.rollout.schema import Group, Request
+from winnow.rollout.schema import Group, Request, Trajectory
 from winnow.rollout.template import ChatTemplate
 from winnow.rollout.weights import WeightUpdate, unpack
+
+_POLL_S = 0.02  # between two looks whether a drain is over, or a sample done
+_IDLE_S = 60.0  # how long the engine's thread waits for a call at a time
 
 
 def code_version() -> str:
@@ -69,6 +75,20 @@ def load_update(engine: Engine, update: WeightUpdate) -> int:
     return engine.version
 
 
+def drained(engine: Engine, version: int, since: float) -> bool:
+    """Whether the samples that had begun are done. TimeoutError for an update that has waited too long for them, monotonic `since`."""
+    if engine.drained:
+        return True
+    limit = engine.config.drain_timeout_s
+    if time.monotonic() - since > limit:
+        count = len(engine.scheduler.started)
+        raise TimeoutError(
+            f"weights of version {version} waited {limit:g} s for {count} samples of version {engine.version} to end, which still run: "
+            "raise rollout.drain_timeout_s, lower max_tokens, or set rollout.on_update to recompute"
+        )
+    return False
+
+
 class RolloutWorker:
     """All methods but `__init__` are coroutines: a Ray actor runs any number of them at once."""
 
@@ -86,6 +106,7 @@ class RolloutWorker:
         self.runner = build_runner(spec)
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._results: dict[str, Future] = {}
+        self._outbox: queue.SimpleQueue[tuple[int, tuple[Trajectory, ...] | Exception]] = queue.SimpleQueue()
         threading.Thread(target=self._drive, name="winnow-engine", daemon=True).start()
 
     async def ping(self) -> dict[str, Any]:
@@ -103,21 +124,51 @@ class RolloutWorker:
         futures = [self._submit(request) for request in requests]
         return [await asyncio.wrap_future(future) for future in futures]
 
-    async def cancel(self, request_ids: Sequence[str]) -> None:
-        """Drops requests; their `generate` calls raise."""
-        await self._call(lambda: self._cancel(request_ids))
+    async def start(self, request: Request, tickets: Mapping[int, int]) -> None:
+        """Begins samples of a request: sample number -> the ticket under which `finished` will return it."""
+        for sample, ticket in tickets.items():
+            result = self._submit(replace(request, num_samples=1, first_sample=sample))
+            result.add_done_callback(partial(self._hand_over, ticket))
+
+    async def finished(self) -> list[tuple[int, tuple[Trajectory, ...] | Exception]]:
+        """(ticket, its sample or why there is none) of what ended since the last call; waits for something to, at most a minute."""
+        until = time.monotonic() + _IDLE_S
+        while self._outbox.empty() and time.monotonic() < until:
+            await asyncio.sleep(_POLL_S)
+        return [self._outbox.get_nowait() for _ in range(self._outbox.qsize())]
+
+    async def cancel(self, keys: Sequence[str]) -> None:
+        """Drops requests, by `Request.key`; their `generate` calls raise."""
+        await self._call(lambda: self._cancel(keys))
 
     async def load_weights(self, update: WeightUpdate) -> int:
-        """The version in use afterwards."""
-        return await self._call(lambda: load_update(self.runner.engine, update))
+        """The version in use afterwards. With on_update drain, the samples that have begun end first and no other begins; TimeoutError,
+        and they go on, when that takes longer than drain_timeout_s."""
+        engine = self.runner.engine
+        if engine.config.on_update == "recompute":
+            return await self._call(lambda: load_update(engine, update))
+        since = time.monotonic()
+        await self._call(engine.drain)
+        try:
+            while not await self._call(lambda: drained(engine, update.version, since)):
+                await asyncio.sleep(_POLL_S)
+            return await self._call(lambda: load_update(engine, update))
+        finally:
+            await self._call(engine.resume)
+
+    async def pause(self) -> None:
+        """Stops generating at this token; requests may still come."""
+        await self._call(self.runner.engine.pause)
+
+    async def resume(self) -> None:
+        await self._call(self.runner.engine.resume)
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """The engine's own log-probabilities of given tokens: the rollout side of a parity check."""
         return await self._call(lambda: [self.runner.engine.score(tokens, temperature) for tokens in sequences])
 
     async def stats(self) -> dict[str, int]:
-        engine = self.runner.engine
-        return {**engine.counters, "preemptions": engine.scheduler.preemptions, "version": engine.version}
+        return self.runner.engine.stats
 
     def _call(self, function: Callable[[], Any]) -> asyncio.Future:
         future: Future = Future()
@@ -129,18 +180,21 @@ class RolloutWorker:
 
         def start() -> None:
             self.runner.add(request)
-            self._results[request.request_id] = result
+            self._results[request.key] = result
 
         admitted: Future = Future()
         admitted.add_done_callback(lambda f: _resolve(result, f.exception()) if f.exception() else None)
         self._inbox.put((start, admitted))
         return result
 
-    def _cancel(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self.runner.cancel(request_id)
-            if (future := self._results.pop(request_id, None)) is not None:
-                _resolve(future, RuntimeError(f"request {request_id!r} was cancelled"))
+    def _hand_over(self, ticket: int, done: Future) -> None:
+        self._outbox.put((ticket, outcome_of(done)))
+
+    def _cancel(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.runner.cancel(key)
+            if (future := self._results.pop(key, None)) is not None:
+                _resolve(future, RuntimeError(f"request {key!r} was cancelled"))
 
     def _drive(self) -> None:
         """The engine's thread: calls first, then one step, for as long as the process lives."""
@@ -149,7 +203,12 @@ class RolloutWorker:
         torch.set_num_threads(self.threads)
         while True:
             while not (self._inbox.empty() and self.runner.has_work):
-                function, future = self._inbox.get()
+                try:
+                    function, future = self._inbox.get(timeout=_IDLE_S)
+                except (
+                    queue.Empty
+                ):  # nothing was asked for: the actor's process ends this thread, whatever it waits for
+                    continue
                 try:
                     outcome = function()
                 except Exception as error:
@@ -158,10 +217,10 @@ class RolloutWorker:
             try:
                 finished = self.runner.step()
             except Exception as error:  # the engine itself failed: nothing that runs can be trusted to go on
-                finished = [(request_id, error) for request_id in self._results]
+                finished = [(key, error) for key in self._results]
                 self.runner.cancel_all()
-            for request_id, result in finished:
-                _resolve(self._results.pop(request_id), result)
+            for key, result in finished:
+                _resolve(self._results.pop(key), result)
 
 
 def _resolve(future: Future, outcome: Any) -> None:
@@ -171,3 +230,15 @@ def _resolve(future: Future, outcome: Any) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def outcome_of(done: Future) -> tuple[Trajectory, ...] | Exception:
+    """The trajectories of a request that ended, or its error in a form that can travel."""
+    error = done.exception()
+    if error is None:
+        return done.result().trajectories
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does there
+        return RuntimeError(repr(error))
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))

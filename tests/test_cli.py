@@ -42,8 +42,11 @@ def config(tmp_path: Path, model: Path) -> Path:
 BAD = [
     (
         "train nowhere.yaml",
-        "config file nowhere.yaml does not exist, and the shipped configs are agent, alignment, coding, demo",
+        "config file nowhere.yaml does not exist, and the shipped configs are agent, agent_thinking, alignment",
     ),
+    ("train demo", "is the config of a pipeline (it has 'run'): winnow pipeline "),
+    ("pipeline train", "is the config of one run (it has 'domains'): winnow train "),
+    ("pipeline CONFIG", "is the config of one run (it has 'domains'): winnow train "),
     ("train CONFIG learner.lrr=1", "unknown key learner.lrr: did you mean learner.lr?"),
     ("train CONFIG learner.lr=fast", "learner.lr is 'fast', but it must be a number"),
     ("train CONFIG rollout.samples=1", "rollout.samples is 1, but it must be >= 2"),

@@ -239,7 +239,7 @@ def test_reading_broken_and_missing_files(tmp_path):
 class WordTemplate:
     """Three tokens of frame a message and one a word; the reply's words and its end mark are learned."""
 
-    def render(self, messages):
+    def render(self, messages, options=()):
         ids, mask = [], []
         for message in messages:
             words = [len(word) for word in message["content"].split()]

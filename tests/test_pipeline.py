@@ -33,9 +33,11 @@ from winnow.rl.learner import Learner
 from winnow.rl.lineage import check_same_base, tokenizer_hash, weights_hash
 from winnow.rl.manifest import Manifest
 from winnow.rl.on_policy import distill_on_policy
-from winnow.rl.pipeline import Pipeline, result_table
+from winnow.rl.pipeline import Pipeline
 from winnow.rl.pipeline_config import DataConfig, PipelineConfig, make_pipeline
+from winnow.rl.provenance import trace_lines, trace_run
 from winnow.rl.rendering import TrainingTemplate
+from winnow.rl.results import result_table
 from winnow.rl.sampler import TaskSampler, domain_tasks
 from winnow.rl.teachers import Teachers
 from winnow.rollout.local_pool import LocalPool
@@ -521,7 +523,7 @@ def test_a_teacher_like_the_student_teaches_nothing_and_batches_are_checked(babb
 
 CHILD = """
 import json, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from winnow.rl.cluster import Cluster, worker_spec
 from winnow.rl.learner import Learner
 from winnow.rl.pipeline import Pipeline
@@ -532,16 +534,25 @@ from winnow.rollout.local_pool import LocalPool
 def connect(config):
     yield Cluster(Learner(config), LocalPool(worker_spec(config)))
 
-Pipeline(make_pipeline(json.load(open(sys.argv[1]))), lambda text: print(text, flush=True), connect).run()
+config = make_pipeline(json.load(open(sys.argv[1])))
+Pipeline(config, lambda text: print(text, flush=True), connect, lambda config, copies: nullcontext(), lambda config: True).run()
 """
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_points_it_completes_with_the_same_tables(babbler: Path, tmp_path: Path) -> None:
-    """SIGKILL after a random number of lines of progress and a random moment more, ten times; then to the end."""
-    for name in ("whole", "killed"):
+@pytest.mark.parametrize("width", [1, 2])
+def test_killed_at_ten_random_points_it_completes_with_the_same_tables(
+    babbler: Path, tmp_path: Path, width: int
+) -> None:
+    """SIGKILL after a random number of lines of progress and a random moment more, ten times; then to the end. `width`: stages at a time;
+    the run that is not killed has one at a time."""
+    for name, parallel in (("whole", 1), ("killed", width)):
         config = pipeline_config(
-            tmp_path / name, babbler, "run.schedule.save_every=1", "student={epochs: 2, batch_tokens: 400}"
+            tmp_path / name,
+            babbler,
+            f"parallel={parallel}",
+            "run.schedule.save_every=1",
+            "student={epochs: 2, batch_tokens: 400}",
         )
         (tmp_path / f"{name}.json").write_text(json.dumps(to_mapping(config)))
 
@@ -583,3 +594,71 @@ def test_killed_at_ten_random_points_it_completes_with_the_same_tables(babbler: 
         assert [json.loads(x)["messages"] for x in rows[0].splitlines()] == [
             json.loads(x)["messages"] for x in rows[1].splitlines()
         ]
+
+
+# -------------------------------------------------------------------------------------------------------------------------- provenance
+
+
+def test_every_row_leads_back_and_what_was_tampered_with_is_named(
+    finished: tuple[Path, dict[str, Any], list[str], Here], tmp_path: Path
+) -> None:
+    """On a copy elsewhere: paths that a run noted are looked for in the folder that it was moved to."""
+    root, _, _, _ = finished
+    run_folder = tmp_path / "moved" / "p"
+    shutil.copytree(root / "p", run_folder)
+    assert [(one.name, one.rows > 0, one.passed <= one.sampled) for one in trace_run(run_folder)] == [
+        ("lookup", True, True),
+        ("sums", True, True),
+    ]
+    lines = "\n".join(trace_lines(run_folder))
+    assert "verified" in lines and "low_reward" in lines and "checkpoints/step-000002" in lines
+    rows, data = read_rows(run_folder / "data" / "sums.jsonl"), run_folder / "data"
+    [shard] = (run_folder / "data" / "shards").glob("sums@*/00000.jsonl")
+
+    def broken(file: Path, change: Any, message: str) -> None:
+        before = file.read_bytes()
+        file.write_bytes(change(before))
+        with pytest.raises(ValueError, match=message):
+            trace_run(run_folder)
+        file.write_bytes(before)
+
+    last = f"sums\\.jsonl:{len(rows)}: "
+    text = json.dumps(rows[-1].messages[-1]["content"]).encode()
+    broken(
+        data / "sums.jsonl",
+        lambda b: b[: b.rindex(text)] + b'"12345"' + b[b.rindex(text) + len(text) :],
+        last + "the messages do not",
+    )
+    reward = b'"reward": 1.0'
+    broken(
+        data / "sums.jsonl",
+        lambda b: b[: b.rindex(reward)] + b'"reward": 2.0' + b[b.rindex(reward) + len(reward) :],
+        last + "reward is 2.0",
+    )
+    broken(
+        data / "sums.jsonl",
+        lambda b: b.replace(b'"sample": ', b'"sample": 99', 1),
+        r"sums\.jsonl:1: sample .* is in no shard",
+    )
+    broken(data / "sums.jsonl", lambda b: b.partition(b"\n")[2], r"rows of sums, but the summary keeps")
+    broken(
+        data / "sums.config.yaml",
+        lambda b: b.replace(b"temperature: 1.0", b"temperature: 0.9", 1),
+        r"sums\.config\.yaml says config",
+    )
+    broken(shard, lambda b: b[:-9] + b"\n", r"shard .*00000\.jsonl is damaged")
+    weights = next((run_folder / "specialist-sums" / "checkpoints").glob("*/model.safetensors"))
+    broken(weights, lambda b: b[:-1] + bytes([b[-1] ^ 1]), r"sums\.jsonl:1: .*model\.safetensors")
+    broken(
+        run_folder / "specialist-sums" / "config.yaml",
+        lambda b: b.replace(b"seed: 0", b"seed: 1", 1),
+        r"sums\.jsonl:1: .*it was changed",
+    )
+    trace_run(run_folder)  # everything is back
+    gone = run_folder / "data" / "sums.jsonl"
+    gone.write_text(gone.read_text().replace("step-000002", "step-000009"))
+    with pytest.raises(ValueError, match=r"sums\.jsonl:1: checkpoint is .*step-000009"):
+        trace_run(run_folder)
+    shutil.rmtree(shard.parent)
+    with pytest.raises(ValueError, match="the samples that sums was chosen from are not there"):
+        trace_run(run_folder)

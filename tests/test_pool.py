@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from winnow.models.load import load, save
 from winnow.rollout.engine import EngineConfig
 from winnow.rollout.local_pool import LocalPool
 from winnow.rollout.pool import Pool, PoolLimits
-from winnow.rollout.schema import Group, Request, Sampling, Task
+from winnow.rollout.schema import Group, Request, Sampling, Task, Trajectory
 from winnow.rollout.weights import WeightError, pack
 from winnow.rollout.worker import RolloutWorker, WorkerSpec
 
@@ -75,6 +76,14 @@ def request_of(name, text="hello there", samples=2, **sampling):
 def fake_worker_class():
     """A local class: it travels by value, so that its workers need not import this file, nor torch, and start fast."""
 
+    def stamped(request, version):
+        """A trajectory that says who made it: the process in its tokens, the weights in its versions."""
+        made = np.array([os.getpid()], dtype=np.int32)
+        return Trajectory(
+            request_id=request.request_id, sample=request.first_sample, task_id="t", domain="d", tokens=made, loss_mask=made > 0,
+            rollout_logprobs=np.zeros(1, np.float32), policy_versions=made * 0 + version, finish_reason="stop", messages=(),
+        )  # fmt: skip
+
     class FakeWorker:
         """Answers without a model; the text of a request says how: fine, slow, suicide:FILE (once), always-dies, wrong, broken."""
 
@@ -89,6 +98,23 @@ def fake_worker_class():
                 if starts < int(times):
                     os.kill(os.getpid(), signal.SIGKILL)
             self.number, self.version = number, 0
+            self.tasks, self.ended = [], asyncio.Queue()
+
+        async def start(self, request, tickets):
+            for sample, ticket in tickets.items():
+                part = replace(request, num_samples=1, first_sample=sample)
+                self.tasks.append(asyncio.create_task(self.answer(part, ticket)))
+
+        async def answer(self, part, ticket):
+            try:
+                outcome = (await self.generate([part]))[0].trajectories
+            except Exception as error:
+                outcome = error
+            await self.ended.put((ticket, outcome))
+
+        async def finished(self):
+            first = await self.ended.get()
+            return [first, *(self.ended.get_nowait() for _ in range(self.ended.qsize()))]
 
         async def ping(self):
             log = os.path.realpath("/proc/self/fd/2")
@@ -114,6 +140,18 @@ def fake_worker_class():
                     raise ray.exceptions.ObjectStoreFullError("no room for the result")
                 elif word == "always-dies":
                     os.kill(os.getpid(), signal.SIGKILL)
+                elif (
+                    word == "partly"
+                ):  # samples 0 and 1 at once; the others kill the worker that is the first to try them
+                    key, version = request.key.replace("/", "."), self.version
+                    open(os.path.join(rest, f"{key}.{os.getpid()}"), "w").close()
+                    tried = len([name for name in os.listdir(rest) if name.startswith(f"{key}.")])
+                    if request.first_sample > 1 and tried == 1:
+                        while not os.path.exists(os.path.join(rest, "die")):
+                            await asyncio.sleep(0.02)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    groups.append(Group(request=request, trajectories=(stamped(request, version),)))
+                    continue
                 elif word == "wrong":
                     raise ValueError(f"request {request.request_id!r} is wrong")
                 elif word == "broken":
@@ -208,6 +246,28 @@ def test_a_hung_worker_is_named_and_replaced(pool, tmp_path, caplog):
     pool._wait_ready()
 
 
+def test_finished_samples_of_a_dead_worker_are_kept(ray_cluster, tmp_path, caplog):
+    """kill -9 in the middle of a group: the samples that had come keep their process and version, only the others are made again."""
+    with caplog.at_level(logging.WARNING, "winnow.rollout"), fake_pool(1) as pool:
+        push(pool, 5)
+        groups = pool.generate([request_of("p", f"partly:{tmp_path}", samples=4), request_of("q", "slow:0.1")])
+        assert next(groups).request.request_id == "q"
+        [job] = {sent.job for sent in pool._crew.workers[0].sent.values()}
+        assert sorted(job.done) == [0, 1]
+        push(pool, 6)  # the samples under way are not done when the weights change, nor when their process dies
+        (tmp_path / "die").touch()
+        [group] = groups
+    first, second, third, fourth = group.trajectories
+    assert [t.sample for t in group.trajectories] == [0, 1, 2, 3]
+    assert first.tokens == second.tokens != third.tokens == fourth.tokens
+    assert [int(t.policy_versions[0]) for t in group.trajectories] == [5, 5, 6, 6]
+    made = sorted(path.name.split(".")[1] for path in tmp_path.iterdir() if path.name != "die")
+    assert made == ["0", "1", "2", "2", "3", "3"]
+    [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "died while generating" in line and "2 samples of 1 requests are sent again" in line
+    assert gone(int(first.tokens[0])) and gone(int(third.tokens[0]))
+
+
 def test_requests_that_cannot_succeed_raise_their_cause(pool):
     with pytest.raises(ValueError, match="request 'w' is wrong"):
         list(pool.generate([request_of("ok"), request_of("w", "wrong")]))
@@ -269,10 +329,11 @@ def test_a_pool_that_cannot_start_says_why(ray_cluster):
 
 def test_a_pool_of_one_goes_on_after_a_kill_a_freeze_and_a_full_store(ray_cluster, tmp_path, caplog):
     limits = PoolLimits(request_timeout_s=60.0, start_timeout_s=60.0, ping_timeout_s=3.0)
-    texts = ["fine", f"suicide:{tmp_path}/a", f"freeze:{tmp_path}/b", f"full:{tmp_path}/c", "slow:0.1"]
+    texts = ["fine", f"suicide:{tmp_path}/a", f"freeze:{tmp_path}/b", "slow:0.1"]
     with caplog.at_level(logging.WARNING, "winnow.rollout"), fake_pool(1, limits) as pool:
         requests = [request_of(f"r{i}", text) for i, text in enumerate(texts)]
         assert names(pool.generate(requests)) == [r.request_id for r in requests]
+        assert names(pool.generate([request_of("full", f"full:{tmp_path}/c")])) == ["full"]
         assert not pool._ledger.names and not pool._ledger.line and not pool._ledger._calls
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == 2 and "died while generating" in errors[0]
@@ -401,3 +462,64 @@ def test_a_worker_in_process(folder):
     assert names(first) == ["a"] and names(second) == ["b"] and ping["worker"] == 4
     assert isinstance(bad, ValueError) and "the context is 128" in str(bad) and "cancelled" in str(lost)
     assert stats["decode_tokens"] < 2 * 60 + 2 * 12 + 2 * 100
+
+
+def doubled(folder, version):
+    with torch.no_grad():
+        state = {name: tensor * 1.5 for name, tensor in load(folder).state_dict().items()}
+    return pack(state, version)
+
+
+def draining(folder, **changes):
+    spec = spec_of(folder)
+    return replace(spec, engine=replace(spec.engine, max_batch=3, **changes))
+
+
+@pytest.mark.parametrize("on_update", ["recompute", "drain"])
+def test_an_update_meets_what_runs_as_the_config_says(folder, on_update):
+    """recompute: samples under way go on under the new weights; drain: they end under the old ones, and nobody begins meanwhile."""
+    pool = LocalPool(draining(folder, on_update=on_update))
+    requests = [request_of(f"r{i}", "abc " * (3 + i), max_tokens=8 + 6 * i) for i in range(5)]
+    arriving = pool.generate(requests)
+    groups = [next(arriving)]
+    running = len(pool.runner.engine.scheduler.running)
+    assert running and pool.push_weights(doubled(folder, 1)) == {0: 1}
+    groups += arriving
+    assert names(groups) == [f"r{i}" for i in range(5)] and pool.runner.engine.has_work is False
+    stamps = [sorted({int(v) for v in t.policy_versions[t.loss_mask]}) for g in groups for t in g.trajectories]
+    if on_update == "drain":
+        assert all(len(stamp) == 1 for stamp in stamps) and {s[0] for s in stamps} == {0, 1}, stamps
+        fresh = LocalPool(draining(folder))
+        fresh.push_weights(doubled(folder, 1))
+        want = {group.request.request_id: group for group in fresh.generate(requests)}
+        new = [t for g in groups for t in g.trajectories if t.policy_versions.max() == 1]
+        for left in new:  # who began after the update is what a pool that never had other weights would draw
+            right = want[left.request_id].trajectories[left.sample]
+            assert left.tokens.tolist() == right.tokens.tolist()
+            np.testing.assert_array_equal(left.index_record.indices, right.index_record.indices)
+    else:
+        assert [0, 1] in stamps and [1] in stamps, stamps
+
+
+def test_a_drain_that_takes_too_long_is_named_and_the_old_weights_go_on(folder):
+    from winnow.rollout.worker import code_version
+
+    worker = RolloutWorker(draining(folder, on_update="drain", drain_timeout_s=0.05), 0, code_version())
+
+    async def everything():
+        running = asyncio.create_task(worker.generate([request_of("a", samples=5, max_tokens=100)]))
+        while not (await worker.stats())["decode_tokens"]:
+            await asyncio.sleep(0.01)
+        await worker.pause()
+        before = (await worker.stats())["decode_tokens"]
+        with pytest.raises(
+            TimeoutError, match=r"version 1 waited 0\.05 s for \d samples of version 0 to end.*drain_timeout_s"
+        ):
+            await worker.load_weights(doubled(folder, 1))  # which resumes
+        [group] = await running
+        assert before <= 3 * 100 and await worker.load_weights(doubled(folder, 1)) == 1
+        return group, await worker.generate([request_of("b")])
+
+    old, [new] = asyncio.run(everything())
+    assert {int(t.policy_versions[-1]) for t in old.trajectories} == {0} and len(old.trajectories) == 5
+    assert {int(t.policy_versions[-1]) for t in new.trajectories} == {1}

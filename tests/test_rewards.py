@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from winnow.rewards import alignment, reasoning
+from winnow.rewards import alignment, contract, reasoning
 from winnow.rewards.agent import ToolEnvironment, parse_call
 from winnow.rewards.baseline import play
 from winnow.rewards.contract import grade, success
@@ -240,6 +242,27 @@ def test_cancelled_samples_are_not_graded():
     for reward in (reasoning.number, BatchReward(lambda completions: [1.0] * len(completions))):
         (graded,) = grade({"number": reward}, [group])
         assert graded.scores[0].kind == "abort" and graded.scores[1].value == 1
+
+
+def test_a_reward_that_never_answers_is_a_timeout_of_its_samples_only(monkeypatch):
+    """Wherever it hangs: the others' scores are kept, the step ends, and the reward and the task are named."""
+    held = threading.Event()
+
+    def stuck(task, trajectory):
+        if trajectory.sample == 1:
+            held.wait(60)
+        elif trajectory.sample == 2:
+            raise TimeoutError("of its own")
+        return 1.0
+
+    stuck.parallel = True
+    monkeypatch.setattr(contract, "WAIT_S", 0.3)
+    begun = time.monotonic()
+    (graded,) = grade({"number": stuck}, [group_of(["18", "18", "18"])])
+    held.set()
+    assert time.monotonic() - begun < 30 and graded.scores[0] == Score(value=1.0)
+    assert graded.scores[1] == Failure(kind="timeout", detail="reward 'number' of task 't': no verdict within 0.3 s")
+    assert graded.scores[2].kind == "error" and "of its own" in graded.scores[2].detail
 
 
 def test_trl_functions():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from winnow.rl import submit
 from winnow.rl.cli import main
 from winnow.rl.submit import (
     build_wheel,
@@ -76,6 +77,14 @@ def test_the_wheel_holds_every_room_and_the_source_stays_clean(tmp_path: Path) -
         assert {f"winnow/{room}/{file.name}" for file in (root / room).glob("*.py")} <= names
     assert "winnow/configs/demo.yaml" in names and not [name for name in names if name.endswith("__init__.py")]
     assert {path.name for path in root.iterdir()} == before
+
+
+def test_a_build_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pip.py").write_text("import time\ntime.sleep(60)\n")  # found before the real one
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(submit, "BUILD_TIMEOUT_S", 0.5)
+    with pytest.raises(RuntimeError, match=r"pip did not build the wheel of .* within 0\.5 s: does `.* -m pip wheel"):
+        build_wheel(tmp_path / "wheel")
 
 
 def free_ports(count: int) -> list[int]:

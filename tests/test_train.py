@@ -28,6 +28,7 @@ from winnow.rl.cluster import Cluster, LearnerDied
 from winnow.rl.config import Config, ConfigError, load_config, make_config
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.learner import Learner
+from winnow.rl.metrics import engine_metrics
 from winnow.rl.sampler import TaskSampler, domain_tasks
 from winnow.rl.train import train
 from winnow.rollout import records
@@ -44,6 +45,7 @@ class FakePool:
         self.model = load(folder)
         self.versions: list[int] = []
         self.closed = 0
+        self.reused = 0
         self.on_generate: Callable[[int], None] = lambda call: None
         self.calls = 0
 
@@ -59,6 +61,10 @@ class FakePool:
             yield Group(
                 request=request, trajectories=tuple(self._sample(request, n) for n in range(request.num_samples))
             )
+
+    def stats(self) -> dict[int, dict[str, int]]:
+        self.reused += 7  # since the last step
+        return {0: {"reused_tokens": self.reused, "prefill_tokens": 2 * self.reused, "preemptions": 0}}
 
     def shutdown(self) -> None:
         self.closed += 1
@@ -434,3 +440,24 @@ def test_the_driver_stays_readable() -> None:
     source = Path(driver.__file__).read_text()
     assert len(source.splitlines()) <= 100
     assert "──>" in (ast.get_docstring(ast.parse(source)) or "")
+
+
+def test_metrics_of_the_engines_and_of_the_records(make: Callable[..., Any]) -> None:
+    """Packed bytes by trained token, and what was found in the cache since the step before, also after a worker was replaced."""
+    config, cluster, _ = make("schedule.steps=2")
+    train(config, cluster, lambda text: None)
+    for line in lines(config):
+        assert line["engine/reused_tokens"] == 7 and line["engine/reused_share"] == pytest.approx(1 / 3, abs=1e-5)
+        rows, samples = json_rows(config, line["step"]), 24
+        assert len(rows) == samples
+        packed, trained = sum(row["index_record_bytes"] for row in rows), sum(sum(row["loss_mask"]) for row in rows)
+        assert line["index_record/bytes_per_token"] == pytest.approx(packed / trained, rel=1e-5)
+        raw = sum(4 * 2 * (len(row["tokens"]) - 1 - 4) * 4 for row in rows)  # 2 layers, k 4
+        assert line["index_record/share_of_int32"] == pytest.approx(packed / raw, rel=1e-5)
+    before, now = {0: {"reused_tokens": 90}}, {0: {"reused_tokens": 5, "prefill_tokens": 15}, 1: {"reused_tokens": 5}}
+    assert engine_metrics(before, now)["engine/reused_tokens"] == 10  # worker 0 is another process now
+
+
+def json_rows(config: Config, step: int) -> list[dict[str, Any]]:
+    path = config.folder / "samples" / f"step-{step:06d}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
