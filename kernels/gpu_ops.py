@@ -73,14 +73,6 @@ def sparse_decode(
     )  # fmt: skip
 
 
-def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Where `linear` beats cuBLAS: up to 32 rows in 16 bits on Hopper, and a long inner dimension or many outputs; measured at 2048 x 6144
-    and 12288 x 2048 (docs/experiments.md: .81 to .85 and .91 to .98 of its time). The head was not measured, and stays with cuBLAS."""
-    few = 0 < len(x) <= 32 and x.element_size() == 2 and x.dtype == weight.dtype
-    large = x.shape[1] >= 6144 or 12288 <= len(weight) <= 32768
-    return few and large and torch.cuda.get_device_capability(x.device) == (9, 0)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: dict[Any, Any] | None = None) -> Tensor:
     """As ops.linear with exact: products that are cut along the inner dimension count arrivals in one array a pass and stream."""
     from winnow.kernels.invariant import linear as multiply

@@ -181,10 +181,9 @@ def linear(
 ) -> Tensor:
     """x [T, K] @ weight [N, K]^T (+ bias [N]), without gradient. exact: a row's bits depend on no other row.
 
-    fp32 products are TF32 where torch's own are. scratch, of one forward pass: what its products share; with it a few rows take the
-    same kernel where that is the faster one.
+    fp32 products are TF32 where torch's own are. scratch, of one forward pass: what its products share.
     """
-    if x.is_cuda and (exact or (scratch is not None and gpu_ops.few_rows(x, weight))):
+    if exact and x.is_cuda:
         return gpu_ops.linear(x, weight, bias, scratch)
     return torch.nn.functional.linear(x, weight, bias)
 
