@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines import Here, pipeline_config
 
-from tests.test_pipeline import Here, babbler, pipeline_config  # noqa: F401  (a fixture)
 from winnow.rl.cluster import Cluster, connect
 from winnow.rl.config import Config
 from winnow.rl.pipeline import Pipeline
@@ -112,7 +112,7 @@ class Saboteur:
 
 @pytest.mark.timeout(900)
 def test_a_node_killed_in_each_stage_costs_its_unfinished_groups_and_late_nodes_take_over(
-    babbler: Path,  # noqa: F811
+    babbler: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_node_killed_in_each_stage_costs_its_unfinished_groups_and_late_nodes_
 
 @pytest.mark.timeout(900)
 def test_a_late_node_makes_room_for_a_second_lane_and_the_first_ones_death_costs_steps_since_a_checkpoint(
-    babbler: Path,  # noqa: F811
+    babbler: Path,
     tmp_path: Path,
 ) -> None:
     nodes, lines = Nodes(2), []
