@@ -73,6 +73,24 @@ def sparse_decode(
     )  # fmt: skip
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: dict[Any, Any] | None = None) -> Tensor:
+    """As ops.linear with exact: products that are cut along the inner dimension count arrivals in one array a pass and stream."""
+    from winnow.kernels.invariant import linear as multiply
+    from winnow.kernels.invariant import linear_arrivals, linear_plan
+
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    work = None
+    pieces = linear_plan(len(weight), x.shape[1], x.element_size())[1]
+    if scratch is not None and pieces > 1 and len(x):
+        wanted = linear_arrivals(len(weight), len(x))
+        key = ("linear", torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+        if len(scratch.get(key, ())) < wanted:
+            scratch[key] = torch.zeros(max(4096, wanted), dtype=torch.int32, device=x.device)
+        parts = torch.empty(pieces * len(x) * len(weight), dtype=torch.float32, device=x.device)
+        work = (parts, scratch[key])
+    return multiply(x, weight, bias, work, precision=precision)
+
+
 def sparse_prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, block_table: Tensor, seq_lens: Tensor, selection: Selection | None,
     scale: float,

@@ -118,6 +118,11 @@ def plan(batch, kv_heads, row_bytes=256, shared=SHARED[90]):
     return split, block_n, stages
 
 
+def stages_of(block_n, row_bytes, shared):
+    """Stages of steps whose size is given: three, or two where they do not fit."""
+    return 3 if 2 * block_n * row_bytes * 3 <= 0.9 * 1024 * shared else 2
+
+
 def _shared(device):
     """KiB of shared memory a program may take on this device."""
     if device.type == "cpu":
@@ -172,8 +177,10 @@ def gqa_decode(
     q = q.contiguous()
     group = heads // kv_heads
     capacity = block_table.shape[1] * page if indices is None else indices.shape[1]
-    chosen = plan(batch, kv_heads, dim * join * q.element_size(), _shared(q.device))
-    split, block_n, num_stages = split or chosen[0], block_n or chosen[1], num_stages or chosen[2]
+    row_bytes, shared = dim * join * q.element_size(), _shared(q.device)
+    chosen = plan(batch, kv_heads, row_bytes, shared)
+    num_stages = num_stages or (stages_of(block_n, row_bytes, shared) if split and block_n else chosen[2])
+    split, block_n = split or chosen[0], block_n or chosen[1]
     splits = max(1, triton.cdiv(capacity, split))
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if lse is None else lse

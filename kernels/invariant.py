@@ -13,7 +13,7 @@ import triton.language as tl
 def _linear(
     x, weight, bias, y, parts, arrivals, tokens, N, K, x_stride, weight_stride,
     PIECES: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     piece, block, group = tl.program_id(0) % PIECES, tl.program_id(0) // PIECES, tl.program_id(1)
     offs_n, offs_t = block * BLOCK_N + tl.arange(0, BLOCK_N), group * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -26,7 +26,7 @@ def _linear(
         v = tl.load(row_x + offs_k[None, :], mask=(offs_t < tokens)[:, None] & (offs_k < K)[None, :], other=0.0)
         if UPCAST:
             w, v = w.to(tl.float32), v.to(tl.float32)
-        acc = tl.dot(w, tl.trans(v), acc, input_precision="ieee")
+        acc = tl.dot(w, tl.trans(v), acc, input_precision=PRECISION)
     mask = (offs_n < N)[:, None] & (offs_t < tokens)[None, :]
     at = offs_t.to(tl.int64)[None, :] * N + offs_n[:, None]
     if PIECES > 1:
@@ -46,7 +46,7 @@ def _linear(
 
 
 @triton.jit
-def _rms_norm(x, weight, y, residual, eps, C, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr):
+def _rms_norm(x, weight, y, residual, wide, eps, C, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, WIDE: tl.constexpr):
     row, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = offs < C
     v = tl.load(x + row * C + offs, mask=mask, other=0.0).to(tl.float32)
@@ -56,7 +56,10 @@ def _rms_norm(x, weight, y, residual, eps, C, BLOCK: tl.constexpr, RESIDUAL: tl.
         v = v.to(tl.float32)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / C + eps)
     scaled = v.to(y.dtype.element_ty).to(tl.float32) * tl.load(weight + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * C + offs, scaled.to(y.dtype.element_ty), mask=mask)
+    scaled = scaled.to(y.dtype.element_ty)
+    tl.store(y + row * C + offs, scaled, mask=mask)
+    if WIDE:
+        tl.store(wide + row * C + offs, scaled.to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -82,18 +85,26 @@ def _softmax(x, y, C, LOG: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(y + row * C + start + offs, v.to(y.dtype.element_ty), mask=mask)
 
 
-def linear_plan(n, k):
-    """(rows of the weight per program, pieces of the inner dimension): from the weight's shape only."""
-    block_n, pieces = 64, 1
-    while triton.cdiv(n, block_n) * pieces < 128 and k // (pieces * 2) >= 1536:
+def linear_plan(n, k, bytes_each=2):
+    """(rows of the weight per program, pieces of the inner dimension): from the weight's shape and the size of its numbers only."""
+    block_n, pieces, shortest = 64, 1, 1536 if bytes_each < 4 else 512
+    while triton.cdiv(n, block_n) * pieces < 128 and k // (pieces * 2) >= shortest:
         pieces *= 2
     return block_n, pieces
 
 
-def linear(x, weight, bias=None, workspace=None, plan=None, block_t=None, block_k=128, num_warps=4, num_stages=None):
+def linear_arrivals(n, tokens):
+    """How many counters a product of this size needs at most: one for each tile of the result."""
+    return triton.cdiv(n, 64) * triton.cdiv(tokens, 16)
+
+
+def linear(
+    x, weight, bias=None, workspace=None, plan=None, block_t=None, block_k=None, num_warps=4, num_stages=None, precision="ieee"
+):  # fmt: skip
     """x [T, K] @ weight [N, K]^T (+ bias [N]) -> [T, N] in x's dtype, fp32 sums. Inner dimensions contiguous.
 
-    workspace: (parts fp32 >= pieces * T * N, arrivals int32 zeros >= ceil(N / block) * ceil(T / block_t)) for graphs.
+    workspace: (parts fp32 >= pieces * T * N, arrivals int32 zeros >= ceil(N / block) * ceil(T / block_t)) for graphs; every launch
+    leaves `arrivals` zero. precision of fp32 products: "ieee", or "tf32" on tensor cores (fp32 sums all the same).
     """
     tokens, k = x.shape
     n = weight.shape[0]
@@ -104,8 +115,10 @@ def linear(x, weight, bias=None, workspace=None, plan=None, block_t=None, block_
     y = x.new_empty(tokens, n)
     if tokens == 0:
         return y
-    block_n, pieces = plan or linear_plan(n, k)
-    if plan is None and tokens > 64 and n >= 8192:  # a wider tile: rows of the weight do not mix either
+    wide = x.element_size() == 4
+    block_k = block_k or (32 if wide else 128)
+    block_n, pieces = plan or linear_plan(n, k, x.element_size())
+    if plan is None and not wide and tokens > 64 and n >= 8192:  # a wider tile: rows of the weight do not mix either
         block_n, block_t, block_k, num_warps, num_stages = 128, 128, 64, 8, 4
     if x.is_cuda and torch.cuda.get_device_capability(x.device) in ((8, 6), (8, 9)):
         block_k = min(block_k, 64)  # 99 KiB of shared memory
@@ -114,7 +127,7 @@ def linear(x, weight, bias=None, workspace=None, plan=None, block_t=None, block_
         128 if programs >= 100 else 64 if programs >= 64 else 32
     )  # columns do not mix: their number changes no bits
     block_t = block_t or min(widest, max(16, triton.next_power_of_2(tokens)))
-    num_stages = num_stages or (3 if block_t == 128 else 4)
+    num_stages = num_stages or (3 if block_t == 128 or (wide and precision == "ieee") else 4)
     groups, blocks = triton.cdiv(tokens, block_t), triton.cdiv(n, block_n)
     parts, arrivals = None, None
     if pieces > 1:
@@ -126,13 +139,16 @@ def linear(x, weight, bias=None, workspace=None, plan=None, block_t=None, block_
     _linear[(blocks * pieces, groups)](
         x, weight, bias, y, parts, arrivals, tokens, n, k, x.stride(0), weight.stride(0),
         PIECES=pieces, PIECE=piece, BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_K=block_k, BIAS=bias is not None,
-        UPCAST=x.device.type == "cpu", num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+        UPCAST=x.device.type == "cpu", PRECISION=precision, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
 
-def rms_norm(x, weight, eps, residual=None):
-    """RMS norm over the last dimension of x [..., C] in fp32. residual [..., C]: x is first added to it, in place."""
+def rms_norm(x, weight, eps, residual=None, wide=None):
+    """RMS norm over the last dimension of x [..., C] in fp32. residual [..., C]: x is first added to it, in place.
+
+    wide fp32 [..., C], contiguous: gets the result, rounded to x's dtype all the same, for a reader of fp32.
+    """
     x = x.contiguous()
     y = torch.empty_like(x)
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
@@ -143,10 +159,12 @@ def rms_norm(x, weight, eps, residual=None):
             weight,
             y,
             residual,
+            wide,
             eps,
             width,
             BLOCK=block,
             RESIDUAL=residual is not None,
+            WIDE=wide is not None,
             num_warps=4 if block <= 4096 else 8,
             enable_fp_fusion=True,
         )

@@ -176,23 +176,28 @@ def indexer_kl(
     return torch_indexer.kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
-    """x [T, K] @ weight [N, K]^T (+ bias [N]), without gradient. exact: a row's bits depend on no other row."""
-    if exact and x.is_cuda:
-        from winnow.kernels import invariant
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = False, scratch: dict[Any, Any] | None = None
+) -> Tensor:
+    """x [T, K] @ weight [N, K]^T (+ bias [N]), without gradient. exact: a row's bits depend on no other row.
 
-        small = {"block_k": 32, "num_stages": 3} if x.dtype == torch.float32 else {}  # four bytes a number
-        return invariant.linear(x, weight, bias, **small)
+    fp32 products are TF32 where torch's own are. scratch, of one forward pass: what its products share.
+    """
+    if exact and x.is_cuda:
+        return gpu_ops.linear(x, weight, bias, scratch)
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """RMS norm over the last dimension of x [T, C], without gradient. residual [T, C]: x is added to it first, in place."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, wide: Tensor | None = None
+) -> Tensor:
+    """RMS norm over the last dimension of x [T, C], without gradient. residual [T, C]: x is added to it first, in place. wide fp32
+    [T, C]: gets the same numbers."""
     if x.is_cuda:
         from winnow.kernels import invariant
 
-        return invariant.rms_norm(x, weight, eps, residual)
-    return torch_rows.rms_norm(x, weight, eps, residual)
+        return invariant.rms_norm(x, weight, eps, residual, wide)
+    return torch_rows.rms_norm(x, weight, eps, residual, wide)
 
 
 def draw(

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, wide: Tensor | None = None
+) -> Tensor:
     if residual is not None:
         x = residual.add_(x)
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    x32 = x.float()
+    y = weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if wide is not None:
+        wide.copy_(y)
+    return y
 
 
 def silu_mul(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.kernels import ops
+from winnow.kernels.selection import Selection
 from winnow.models.context import ForwardContext, current_context, open_context
 from winnow.models.layer import Layer, write_pages
 
@@ -77,13 +78,12 @@ def _cached(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
     write_pages(cache.k[layer.index], ctx.slot_mapping, k)
     write_pages(cache.v[layer.index], ctx.slot_mapping, v)
     layer.write_keys()
-    return attend_cached(layer, q, k, v, scale)
+    return attend_cached(layer, layer.select(), q, k, v, scale)
 
 
-def attend_cached(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q [T, H, D] over the cache, which holds these tokens already -> [T, H, D]. k and v [T, Hkv, D]: these tokens' own."""
+def attend_cached(layer: Layer, selection: Selection | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [T, H, D] over its sets of the cache, which holds these tokens already -> [T, H, D]. k and v [T, Hkv, D]: these tokens' own."""
     ctx, cache = layer.ctx, layer.ctx.cache
-    selection = layer.select()
     if ctx.mode == "decode":
         pages = (cache.k[layer.index], cache.v[layer.index])
         return ops.sparse_decode(q, *pages, ctx.block_table, ctx.seq_lens, selection, scale, ctx.scratch, ctx.exact)[0]

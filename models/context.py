@@ -100,7 +100,8 @@ class ForwardContext:
 
     max_seq_len (a bound is enough) and fresh (no earlier context) are read off the tensors where they are not given, which waits for a
     GPU. A CUDA graph must not wait: with faults int32 [1] on the device a bad score sets it to 1 instead of raising, and scratch, filled
-    by the operations, serves all layers. fused: `models/inference.py` computes the rows; exact: with bits that depend on no batch.
+    by the operations, serves all layers. fused: `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a
+    second CUDA stream, on which it chooses sets while the layer's queries, keys and values are made.
     """
 
     mode: str
@@ -121,6 +122,7 @@ class ForwardContext:
     faults: Tensor | None = None
     fused: bool = False
     exact: bool = False
+    side: Any = None
     scratch: dict[Any, Any] = field(init=False, default_factory=dict)
     served: dict[int, Served] = field(
         init=False, default_factory=dict

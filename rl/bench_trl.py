@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def bench_trl(bench: StepBench, model: str, scratch: Path) -> dict[str, Any]:
-    """Figures as those of ours. Raises ImportError where TRL, or what it needs, is missing."""
+    """Figures as those of ours, but `first_step_s` counts from here: imports are done by now. Raises ImportError where TRL, or what it needs, is missing."""
     from winnow.rl.bench_step import WARM_UP, seconds_alive, spread
 
     begin = time.perf_counter()

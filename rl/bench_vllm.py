@@ -1,4 +1,4 @@
-"""vLLM's side of `winnow bench rollout`: a process that prints `ROW {json}` lines. `bench_suite.py` writes its plan and reads them.
+"""vLLM's side of `winnow bench rollout`: a process that prints `ROW {json}` lines. `bench_peer.py` writes its plan and reads them.
 
 Weights are vLLM's dummies. Contexts of decode rows come from vLLM's own DecodeBenchConnector, which fills the cache without computing it;
 a request for a single token is prefilled in earnest. Steps are timed from output to output while the whole batch decodes.

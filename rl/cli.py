@@ -220,8 +220,11 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "--suite",
         nargs="+",
         metavar="PART",
-        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them",
+        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
+        "greedy, records: of a model folder",
     )
+    bench.add_argument("--text", help="rollout --suite greedy, records: a text to read")
+    bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
     bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
     bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
     bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")

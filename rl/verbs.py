@@ -233,7 +233,14 @@ def bench(arguments: argparse.Namespace) -> None:
         from winnow.rl import bench_suite
 
         rows = [(arguments.batch, length) for length in arguments.lengths or ()] or bench_suite.DECODE
-        figures = bench_suite.run_suite(arguments.suite, arguments.model or "qwen3-1.7b", arguments.device, rows)
+        figures = bench_suite.run_suite(
+            arguments.suite,
+            arguments.model or "qwen3-1.7b",
+            arguments.device,
+            rows,
+            arguments.text,
+            arguments.reference,
+        )
         print(bench_suite.table(figures))
     elif arguments.what == "rollout" and arguments.lengths:
         import torch

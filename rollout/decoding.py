@@ -57,6 +57,9 @@ class Stepped:
     sets: np.ndarray | None
 
 
+BRANCH = False  # off until a GPU has shown equal bits and a gain: about 10 us a layer are expected
+
+
 class Block:
     """Named arrays of one number a row in one piece of memory, on the device and (pinned) on the host."""
 
@@ -113,7 +116,10 @@ class Decoding:
         self._copying: tuple[Any, Tensor, np.ndarray, Tensor] | None = (
             None  # when done, from, to, what must live until then
         )
-        self._side = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self._side = torch.cuda.Stream() if self.device.type == "cuda" else None  # copies of sets
+        self.branch = (
+            torch.cuda.Stream() if capture and BRANCH else None
+        )  # of a graph: sets beside the layer's projections
         self.graphs = 0
 
     def run(self, state: Slots, slots: np.ndarray, draws: bool, records: bool) -> Stepped:
@@ -222,6 +228,7 @@ class Decoding:
             faults=y["flags"][:1],
             fused=self.fused,
             exact=self.exact,
+            side=self.branch if self.fused else None,
         )
         hidden = hidden_states(self.model, x["ids"], context)
         logits = ops.linear(hidden, lm_head_weight(self.model), None, self.exact)

@@ -10,6 +10,7 @@ keep their tokens and are prefilled again later. The oldest can always go on, so
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
@@ -70,6 +71,7 @@ class Scheduler:
     ) -> None:
         self.cache, self.prefill_chunk = cache, prefill_chunk
         self.reuse, self.record_from = reuse, record_from
+        self.settle_records: Callable[[], None] = lambda: None  # returns once every recorded set has arrived
         self.draining = False
         self.reused_tokens = 0
         self.live: dict[Sequence, None] = {}
@@ -315,6 +317,8 @@ class Scheduler:
         keys = self.cache.extend_keys(span.keys, span.tokens, span.num_cached // size)
         new = [number for number in range(span.num_cached // size) if not self.cache.published(keys[number])]
         recorded = [number for number in new if first is not None and (number + 1) * size > first]
+        if recorded:
+            self.settle_records()
         bounds = [(max(0, number * size - (first or 0)), (number + 1) * size - (first or 0)) for number in recorded]
         records = dict(zip(recorded, span.record_rows(bounds) if bounds else (), strict=True))
         for number in new:

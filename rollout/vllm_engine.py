@@ -25,7 +25,8 @@ from winnow.models.forward import lm_head_weight
 from winnow.models.load import read_config, resolve
 from winnow.models.native import is_native, latent_width
 from winnow.rollout.cache import PagedCache
-from winnow.rollout.engine import Engine, EngineConfig, _end_ids
+from winnow.rollout.engine import Engine
+from winnow.rollout.engine_config import EngineConfig, named_ends
 from winnow.rollout.records import NARROW_LIMIT
 from winnow.rollout.sampler import RowParams, sample
 from winnow.rollout.schema import Sampling
@@ -98,7 +99,7 @@ class VllmEngine(Engine):
         self.cache = PagedCache(  # counts pages; the rows themselves are vLLM's
             num_layers=0, num_kv_heads=0, head_dim=0, num_pages=config.num_pages, page_size=config.page_size
         )
-        self._ends = np.array(sorted(set(end_ids) | _end_ids(self.model, tokenizer)), dtype=np.int64)
+        self._ends = np.array(sorted(set(end_ids) | named_ends(self.model, tokenizer)), dtype=np.int64)
         self.version = 0
         self.counters = {"prefill_tokens": 0, "decode_tokens": 0, "prefill_steps": 0, "decode_steps": 0}
         self.scheduler: Any = VllmRequests(self)

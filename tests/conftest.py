@@ -68,3 +68,11 @@ def feed_cached(model, parts, schedule, page=5, **options):
 def run_cached():
     """`feed_cached`, for the tests of several files."""
     return feed_cached
+
+
+@pytest.fixture(scope="session")
+def babbler(tmp_path_factory):
+    """The folder of a tiny model that says random digits (`pipelines.make_babbler`); nobody writes into it."""
+    from pipelines import make_babbler
+
+    return make_babbler(tmp_path_factory.mktemp("models") / "babbler")

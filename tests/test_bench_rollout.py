@@ -2,8 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
+from winnow.rl import bench_parity
+from winnow.rl.bench_models import random_model
 from winnow.rl.bench_suite import ratios
 from winnow.rl.cli import main
 
@@ -48,9 +52,55 @@ def test_the_suite_measures_what_its_rows_say(capsys):
 def test_ratios_divide_rows_of_one_name():
     rows = [
         {"engine": e, "row": "decode 2x8", "tokens_per_s": r}
-        for e, r in (("sparse", 9.0), ("vllm", 3.0), ("shared", 18.0))
+        for e, r in (("sparse", 9.0), ("vllm", 3.0), ("shared", 18.0), ("exact", 8.1))
     ]
     assert ratios([*rows, {"engine": "vllm", "row": "x", "failed": "?"}]) == {
         "sparse / vllm, decode 2x8": 3.0,
         "shared / own indexers, decode 2x8": 2.0,
+        "exact / fast, decode 2x8": 0.9,
     }
+
+
+def tiny(**indexer):
+    model = random_model(
+        "tiny", None, torch.float32, "cpu", changes={"eos_token_id": None}, indexer_changes={"top_k": 8, **indexer}
+    )
+    with torch.no_grad():  # without this the replies are one token over and over
+        for p in model.parameters():
+            p.mul_(3.0 if p.ndim > 1 else 1.0)
+    return model
+
+
+def test_greedy_rows_count_replies_that_differ_before_a_near_tie():
+    model, rng = tiny(), np.random.default_rng(0)
+    prompts = [rng.integers(0, 1024, 20 + 3 * i).tolist() for i in range(3)]
+    given = bench_parity.token_by_token(model, prompts, 5)
+    assert len({tuple(reply) for reply in given["tokens"]}) == 3 and all(
+        gap >= 0 for gaps in given["gaps"] for gap in gaps
+    )
+    row = bench_parity.compare_greedy(model, given, "float32")
+    assert (row["equal"], row["of"], row["row"]) == (3, 3, "greedy 3x5") and row["past_k"] > 0.5
+    given["tokens"][1][2] ^= 1
+    given["gaps"] = [[1.0] * 5] * 3
+    row = bench_parity.compare_greedy(model, given, "float32")
+    assert row["equal"] == 2 and row["first_differences"][0] == {"prompt": 1, "token": 2, "gap": 1.0}
+    given["gaps"] = [[1.0, 1.0, 1e-4, 1.0, 1.0]] * 3  # as near as that, either token is right
+    assert bench_parity.compare_greedy(model, given, "float32")["equal"] == 3
+
+
+def test_record_rows_of_own_and_shared_indexers():
+    prompt = np.random.default_rng(0).integers(0, 1024, 40).tolist()
+    own = bench_parity.record_row(tiny(), prompt, 56)
+    shared = bench_parity.record_row(tiny(leaders=(0,)), prompt, 56, 1)
+    assert own["engine"] == "own" and shared["engine"] == "shared" and (own["indexers"], shared["indexers"]) == (2, 1)
+    for row in (own, shared):
+        assert row["sets"] == 2 * (56 - 1 - 8)
+        assert row["share"] == pytest.approx(row["bytes_per_token_and_layer"] / (4 * 8), abs=2e-4)
+    assert 0 < shared["share"] < 0.75 * own["share"] < 0.75  # the second layer's sets cost next to nothing
+
+
+def test_parts_about_trained_models_want_a_folder_and_a_text(capsys, tmp_path):
+    assert main(["bench", "rollout", "--model", "tiny", "--suite", "records"]) == 1
+    assert "is about a trained model: --model 'tiny' is no folder" in capsys.readouterr().err
+    assert main(["bench", "rollout", "--model", str(tmp_path), "--suite", "records"]) == 1
+    assert "set --text FILE" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class SilentPool:
     def __init__(self) -> None:
         self.pushed: list[tuple[int, int]] = []
         self.closed = 0
+        self.why = ""
 
     def push_weights(self, reference: Any, version: int) -> None:
         import ray
@@ -30,8 +32,8 @@ class SilentPool:
         update = ray.get(reference)
         self.pushed.append((version, len(list(unpack(update)))))
 
-    def shutdown(self) -> None:
-        self.closed += 1
+    def shutdown(self, why: str = "") -> None:
+        self.closed, self.why = self.closed + 1, self.why or why
 
 
 def config_for(tmp_path: Path, *overrides: str) -> Config:
@@ -140,8 +142,13 @@ def test_two_ranks_train_as_one_and_a_killed_one_is_named(tmp_path: Path, monkey
         ray.kill(learner.actors[1])
         with pytest.raises(clusters.LearnerDied, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"):
             learner.sft_step([(tokens, tokens > 5)] * 3, 4)
+        assert not cluster.alive
+        deadline = time.monotonic() + 60
+        while not pool.why and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert "the learner's process died" in pool.why, "who waits for groups is told"
         cluster.revive()  # what learner.restarts does: new processes, the checkpoint, the same workers
         cluster.learner.resume(tmp_path / "saved", config)
         after = cluster.learner.sft_step([(tokens, tokens > 5)] * 3, 4).metrics["loss/ce"]
-        assert after < losses[-1] and pool.closed == 0
-    assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 1 and not ray.is_initialized()
+        assert after < losses[-1]
+    assert (tmp_path / "saved" / "learner.pt").exists() and pool.closed == 2 and not ray.is_initialized()

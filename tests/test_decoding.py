@@ -54,7 +54,7 @@ def make_engine(model, static, fused=None, **changes):
     )
     engine = Engine(model, None, config)
     if fused is not None:
-        engine.fused = fused
+        engine.forward.fused = fused
         if fused:
             inference.join(model)
     if static and not GPU:

@@ -145,14 +145,14 @@ def test_a_conversation_renders_as_its_tokens(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert template.end_ids == {end}
     runner = EpisodeRunner(engine, template, lambda name: Counter(4))
-    plain = engine._logits
+    plain = engine.forward.logits
 
     def favour_the_end(hidden):
         logits = plain(hidden).index_fill(1, torch.tensor([0, 1, 3]), -torch.inf)
         logits[:, end] += 3
         return logits
 
-    engine._logits = favour_the_end
+    engine.forward.logits = favour_the_end
     long = request(
         samples=6,
         environment="4",

@@ -118,12 +118,17 @@ def kernels(sm):
         "PAGE": 64}, 1, 2  # fmt: skip
     yield "linear", invariant._linear, dict(
         x="*bf16", weight="*bf16", bias="*bf16", y="*bf16", parts="*fp32", arrivals=i32, tokens="i32", N="i32", K="i32", x_stride="i32", weight_stride="i32",
-    ), {"PIECES": 4, "PIECE": 512, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 128, "BIAS": True, "UPCAST": False}, 4, 4 if SHARED[sm] > 100 * 1024 else 3  # fmt: skip
+    ), {"PIECES": 4, "PIECE": 512, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 128, "BIAS": True, "UPCAST": False, "PRECISION": "ieee"}, 4, 4 if SHARED[sm] > 100 * 1024 else 3  # fmt: skip
+    for precision in ("tf32", "ieee"):  # the indexer's products
+        yield f"linear fp32 {precision}", invariant._linear, dict(
+            x="*fp32", weight="*fp32", bias="*fp32", y="*fp32", parts="*fp32", arrivals=i32, tokens="i32", N="i32", K="i32", x_stride="i32",
+            weight_stride="i32",
+        ), {"PIECES": 4, "PIECE": 512, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 32, "BIAS": False, "UPCAST": False, "PRECISION": precision}, 4, 4 if precision == "tf32" else 3  # fmt: skip
     yield (
         "rms_norm",
         invariant._rms_norm,
-        dict(x="*bf16", weight="*bf16", y="*bf16", residual="*bf16", eps="fp32", C="i32"),
-        {"BLOCK": 2048, "RESIDUAL": True},
+        dict(x="*bf16", weight="*bf16", y="*bf16", residual="*bf16", wide="*fp32", eps="fp32", C="i32"),
+        {"BLOCK": 2048, "RESIDUAL": True, "WIDE": True},
         4,
         2,
     )

@@ -1,6 +1,7 @@
 """The Triton decode kernels against their float64 references: compiled on a GPU, under Triton's interpreter elsewhere."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from winnow.kernels import reference_decode as ref  # noqa: E402
 from winnow.kernels.decode_select import select_decode, select_workspace  # noqa: E402
 from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace  # noqa: E402
 from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill  # noqa: E402
-from winnow.kernels.invariant import linear, rms_norm, softmax  # noqa: E402
+from winnow.kernels.invariant import linear, linear_plan, rms_norm, softmax  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
 from winnow.kernels.packing import known  # noqa: E402
 from winnow.kernels.quant import quantise_query, write_index_keys, write_mla  # noqa: E402
@@ -352,6 +353,26 @@ def test_linear_is_batch_invariant(n, k):
         )  # the interpreter's dot is BLAS
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_cut_products_of_fp32_share_their_counters(precision, request):
+    """The indexer's products of an exact pass: inner dimension in pieces, one array of counters for all, left as it was found."""
+    settings = torch.backends.cuda.matmul
+    request.addfinalizer(partial(setattr, settings, "fp32_precision", settings.fp32_precision))
+    settings.fp32_precision = precision
+    x, scratch = randn(37, 1024, seed=1, dtype=torch.float32), {}
+    for n in (80, 33):
+        weight = randn(n, 1024, seed=n, dtype=torch.float32)
+        assert linear_plan(n, 1024, 4)[1] == 2
+        whole = gpu_ops.linear(x, weight, None, scratch)
+        [counters] = scratch.values()
+        assert not counters.any() and torch.equal(whole, gpu_ops.linear(x, weight, None))
+        want = x.double() @ weight.double().T
+        assert ((whole.double() - want).abs() <= (1e-4 if precision == "ieee" or not GPU else 0.05) * 1024**0.5).all()
+        for rows in (slice(0, 1), slice(5, 22)):
+            part = gpu_ops.linear(x[rows], weight, None, scratch)
+            assert torch.equal(part, whole[rows]) if GPU else torch.allclose(part, whole[rows], atol=1e-4)
+
+
 def test_norm_and_softmax():
     x, weight, residual = randn(5, 300, seed=1), randn(300, seed=2), randn(5, 300, seed=3)
     total = (x.float() + residual.float()).to(DTYPE)
@@ -361,6 +382,8 @@ def test_norm_and_softmax():
     assert torch.equal(carried, total)
     assert torch.allclose(got.double(), want, rtol=1e-5 if not GPU else 0.02, atol=1e-5 if not GPU else 0.02)
     assert torch.equal(rms_norm(x[2:3], weight, 1e-6), rms_norm(x, weight, 1e-6)[2:3])
+    wide = torch.full((5, 300), float("nan"), device=DEV)
+    assert torch.equal(rms_norm(x, weight, 1e-6, residual.clone(), wide), got) and torch.equal(wide, got.float())
     wide = randn(3, 5000, seed=4, dtype=torch.float32)
     wide[1, 7] = -torch.inf
     assert torch.allclose(softmax(wide), torch.softmax(wide, -1), atol=1e-6)

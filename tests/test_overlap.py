@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines import pipeline_config
 
-from tests.test_pipeline import babbler, pipeline_config  # noqa: F401  (a fixture)
 from winnow.rl import overlap
 from winnow.rl.cluster import Cluster, LearnerDied, worker_spec
 from winnow.rl.config import Config, ConfigError, make_config
@@ -184,7 +184,7 @@ def whole_pipeline(config: Any, lane: Lane) -> tuple[dict[str, Any], list[str]]:
     return Pipeline(config, lines.append, lane, lambda config, copies: nullcontext(), lambda config: True).run(), lines
 
 
-def test_two_lanes_give_the_manifest_and_the_tables_of_one(babbler: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_lanes_give_the_manifest_and_the_tables_of_one(babbler: Path, tmp_path: Path) -> None:
     found = []
     for width in (1, 2):
         lane = Lane()
@@ -215,7 +215,7 @@ def test_two_lanes_give_the_manifest_and_the_tables_of_one(babbler: Path, tmp_pa
     assert set(order[:2]) == {"specialist-lookup", "specialist-sums"}, "side by side"
 
 
-def test_a_dead_learner_costs_the_steps_since_its_checkpoint(babbler: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dead_learner_costs_the_steps_since_its_checkpoint(babbler: Path, tmp_path: Path) -> None:
     lane = Lane(dies_at=3)
     config = pipeline_config(
         tmp_path, babbler, "stages=[convert, specialists]", "run.schedule={steps: 3, save_every: 1}"
@@ -229,7 +229,7 @@ def test_a_dead_learner_costs_the_steps_since_its_checkpoint(babbler: Path, tmp_
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
 
 
-def test_controls_have_the_seconds_of_what_they_are_compared_with(babbler: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_controls_have_the_seconds_of_what_they_are_compared_with(babbler: Path, tmp_path: Path) -> None:
     controls = ("controls=[student, mixed]", "floors=''", "run.schedule.steps=1", "student.steps=50", "data.tasks=8")
     config = pipeline_config(tmp_path, babbler, *controls)
     result, _ = whole_pipeline(config, Lane())

@@ -158,6 +158,22 @@ def test_a_crowded_cache_with_common_prefixes_changes_nothing():
     assert not plain.cache._page_of and plain.stats["reused_tokens"] == 0
 
 
+def test_sets_that_are_still_on_their_way_are_waited_for_before_a_page_takes_them():
+    """Steps at fixed shapes copy their sets later: a sample that is pushed out just then publishes complete ones all the same."""
+    engine = make_engine(record_indices=True)
+    engine.decoding = engine.static_decoding(capture=False)
+    [sequence] = engine.add(prompt_of(21), GREEDY)
+    while sequence.num_cached != 32:
+        engine.step()
+    assert engine.decoding._copying is not None, "the last step's sets have not arrived"
+    engine.scheduler._evict(sequence)
+    again = {}
+    recompute(engine.model, sequence.tokens, again)
+    page = engine.cache._page_of[sequence.keys[7]]  # positions 28 to 31, the last of them just drawn
+    for layer, found in enumerate(engine.cache._records[page].astype(np.int32)):
+        assert found.tolist() == again[layer].indices[28:32].tolist()
+
+
 def test_published_pages_of_the_cache():
     cache = PagedCache(num_layers=1, num_pages=3, page_size=2, num_kv_heads=1, head_dim=2)
     keys = cache.extend_keys([], [5, 6, 7, 8, 9], 2)
