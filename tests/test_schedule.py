@@ -238,6 +238,6 @@ def test_what_is_in_flight_goes_into_a_checkpoint_and_only_the_rest_is_asked_for
 
 
 def test_a_checkpoint_of_somebody_elses_cannot_run_code(tmp_path: Path) -> None:
-    (tmp_path / "in_flight.pkl").write_bytes(pickle.dumps([print]))
-    with pytest.raises(ValueError, match=r"names builtins\.print, which is no rollout type"):
+    (tmp_path / "in_flight.pkl").write_bytes(pickle.dumps([eval]))
+    with pytest.raises(ValueError, match=r"names builtins\.eval, which is no rollout type"):
         read_in_flight(tmp_path)
