@@ -166,10 +166,12 @@ class WinnowForCausalLM(nn.Module):
         out: dict[int, Any] | None,
     ) -> tuple[Tensor, ForwardContext]:  # fmt: skip
         """The batch in winnow's terms; on a CPU filled up to whole blocks of rows, as the native engine does it."""
-        cu_seqlens, seq_lens, table, slots = batch.cu_seqlens, batch.seq_lens, batch.block_table, batch.slot_mapping
+        cu_seqlens, seq_lens, slots = batch.cu_seqlens, batch.seq_lens, batch.slot_mapping
+        page = self.kv[0].rows.shape[1]
+        # vLLM's rows are as wide as the longest context there may be: operations work over what they are given
+        table = batch.block_table[:, : -(-max(lengths) // page)].contiguous()
         extra = round_up(len(ids)) - len(ids) if ids.device.type == "cpu" else 0
         if extra:
-            page = self.kv[0].rows.shape[1]
             assert int(slots.min()) >= page, "vLLM gave block 0 to a request: it is not the null block of this version"
             more = torch.arange(extra)
             ids, positions = torch.cat((ids, 0 * more)), torch.cat((positions, 0 * more))
