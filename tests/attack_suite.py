@@ -70,7 +70,7 @@ def run_suite(mechanism: str, slots: int = 2) -> dict[str, Any]:
     """`attacks`: per attack its outcome and whether it escaped or got credit; `before` and `after`: processes of the sandbox."""
     listener = socket.create_server(("127.0.0.1", 0))
     abstract = socket.socket(socket.AF_UNIX)
-    abstract.bind("\0winnow-attack-suite-" + str(os.getpid()))
+    abstract.bind(f"\0winnow-attack-suite-{os.getpid()}-{mechanism}")  # the last suite's may be open still
     abstract.listen()
     for server in (listener, abstract):
         threading.Thread(target=serve, args=(server,), daemon=True).start()
@@ -88,7 +88,7 @@ def run_suite(mechanism: str, slots: int = 2) -> dict[str, Any]:
         names = {
             "@CANARY@": canary.name,
             "@PORT@": str(listener.getsockname()[1]),
-            "@SOCKET@": "winnow-attack-suite-" + str(os.getpid()),
+            "@SOCKET@": f"winnow-attack-suite-{os.getpid()}-{mechanism}",
             "@DRIVER@": str(os.getpid()),
         }
 
