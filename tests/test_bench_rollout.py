@@ -29,6 +29,7 @@ def test_an_unknown_shape_is_refused(capsys):
     assert "neither a model folder nor a shape: tiny, small" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_suite_measures_what_its_rows_say(capsys):
     arguments = ["bench", "rollout", "--model", "tiny", "--lengths", "96", "130", "--batch", "3", "--suite"]
     assert main([*arguments, "decode", "share", "prefill", "small", "exact"]) == 0

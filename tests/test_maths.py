@@ -170,6 +170,7 @@ def test_threads_and_asyncio_grade_alike_and_no_alarm_is_set() -> None:
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == ticking
 
 
+@pytest.mark.slow
 @needs_math_verify
 def test_a_threaded_ray_actor_grades_alike() -> None:
     """Where alarm-based graders give 0 for everything: the actor's methods do not run on its main thread."""

@@ -229,6 +229,7 @@ def test_a_dead_learner_costs_the_steps_since_its_checkpoint(babbler: Path, tmp_
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_controls_have_the_seconds_of_what_they_are_compared_with(babbler: Path, tmp_path: Path) -> None:
     controls = ("controls=[student, mixed]", "floors=''", "run.schedule.steps=1", "student.steps=50", "data.tasks=8")
     config = pipeline_config(tmp_path, babbler, *controls)

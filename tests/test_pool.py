@@ -299,6 +299,7 @@ def test_a_worker_killed_before_it_is_up_is_named_and_started_again(ray_cluster,
     assert caplog.text.count("rollout worker 0 (not up yet) died while starting") == 2
 
 
+@pytest.mark.slow
 def test_a_worker_killed_at_every_start_ends_the_pool_with_its_name(ray_cluster, tmp_path):
     with pytest.raises(RuntimeError, match=r"rollout worker 0 .*died while starting"):
         fake_pool(1, model=f"killed:{tmp_path}:99")

@@ -169,6 +169,7 @@ def test_every_specialist_has_a_config_of_each_mode(name: str, capsys: pytest.Ca
     assert f"enable_thinking: {wanted}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_pipeline_of_all_specialists_has_both_modes_of_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline", "specialists", "--dry-run"]) == 0
     config = load_pipeline(find_config("specialists"))
