@@ -78,6 +78,8 @@ def load_tasks(
     rows, name, has_splits = open_source(source, path, split)
     make = RowReader(name, domain or "reasoning", fields, reward, environment)
     tasks = [with_tools(make.task(row, where)) for where, row in rows]
+    if not tasks:
+        raise ValueError(f"{name} is empty: it holds no rows to make tasks of")
     if not has_splits:
         tasks = [task for task in tasks if in_split(prompt_key(task), split)]
     if not tasks:

@@ -55,6 +55,9 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         sizes = (
+            "top_k",
+            "index_heads",
+            "index_dim",
             "seq_len",
             "warmup_tokens",
             "warmup_passes",
@@ -84,6 +87,7 @@ class ConvertOptions:
             raise ValueError(f"convert.index_share is {self.index_share}, but one indexer serves 1 to {REACH} layers")
         if not 0 <= self.needle_share < 1:
             raise ValueError(f"convert.needle_share is {self.needle_share}, but it must be at least 0 and below 1")
+        _ = self.indexer  # its own checks: before any data are read or sampled
         if self.seq_len <= self.top_k:
             raise ValueError(
                 f"convert.seq_len is {self.seq_len} and top_k {self.top_k}: no set would ever be smaller than its context; "

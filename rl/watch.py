@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 PING_EVERY_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 def watch_learner(actors: Sequence[Any], on_death: Callable[[str], object]) -> threading.Event:
@@ -31,8 +33,14 @@ def watch_learner(actors: Sequence[Any], on_death: Callable[[str], object]) -> t
                 if not stop.is_set():
                     on_death(f"the learner's process died: {error}")
                 return
-            except Exception:
-                return  # Ray itself is gone, and with it what there was to watch
+            except Exception as error:
+                if (
+                    not stop.is_set() and ray.is_initialized()
+                ):  # otherwise Ray is gone, and with it what there was to watch
+                    logger.warning(
+                        "the learner is no longer watched, its death would be noticed at its next call only: %s", error
+                    )
+                return
 
     threading.Thread(target=watch, name="winnow-learner-watch", daemon=True).start()
     return stop

@@ -59,6 +59,9 @@ BAD = [
     ("convert nowhere out", "model folder 'nowhere' does not exist"),
     ("convert MODEL out topk=3", "unknown key topk: did you mean top_k?"),
     ("convert MODEL out top_k=300", "set seq_len to several times top_k"),
+    ("convert MODEL out top_k=0", "convert.top_k is 0, but it must be >= 1"),  # before minutes of sampling, not after
+    ("convert MODEL out top_k=-1", "convert.top_k is -1, but it must be >= 1"),
+    ("convert MODEL out index_rope_dim=5", "indexer.rope_dim is 5, but it must be even"),
     ("eval nowhere --tasks lookup", "model folder 'nowhere' does not exist"),
     ("eval MODEL --tasks lokup", "benchmark 'lokup' is unknown: known are lookup, tool, rubric, addition, gsm8k"),
     ("eval MODEL --tasks gsm8k", "give --data"),

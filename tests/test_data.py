@@ -119,7 +119,7 @@ def test_procedural_kinds_come_through_the_same_door():
         ([{"prompt": "?", "answer": " "}], {"reward": "exact"}, r"tasks.jsonl:1: the answer is empty"),
         ([{"prompt": ["?"], "answer": 1}], {}, r"tasks.jsonl:1: field 'prompt' must be a text or a list of messages"),
         ([{"prompt": " ", "answer": 1}], {}, r"tasks.jsonl:1: field 'prompt' must be"),
-        ([], {}, r"tasks.jsonl has no tasks in split 'all'"),
+        ([], {}, r"tasks.jsonl is empty"),
         ([ROWS[0]], {"count": 0}, "count of .* is 0"),
         ([ROWS[0]], {"split": "test"}, "split is 'test'"),
     ],
