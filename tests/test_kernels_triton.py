@@ -523,3 +523,19 @@ def test_public_prefill_at_the_end_of_paged_contexts(sparse):
     noted = [known(cu.clone(), cu.tolist()), known(lens.clone(), lens.tolist())]
     again = gpu_ops.sparse_prefill(q, k_cache, v_cache, noted[0], table, noted[1], selection, 0.2)
     assert torch.equal(again[0], got[0])
+
+
+@pytest.mark.parametrize("k", [16, 64])
+def test_short_selection_at_its_edges(k):
+    """Contexts of k-1, k, k+1, a step and one more, and the longest that the kernel takes; scores with ties, and one row of zeros."""
+    from winnow.kernels.select_short import LONGEST
+
+    lengths = [k - 1, k, k + 1, 64, 65, LONGEST - 1, LONGEST]
+    q, cache, w, table, _ = index_case(4, 32, 16, lengths, False)
+    cache.copy_(cache.sign())  # many equal scores
+    w[3] = 0.0
+    bounds, lens = ints(range(len(lengths) + 1)), ints(lengths)
+    positions = lens.long() - 1
+    got = gpu_ops.select_prefill(q, cache, w, bounds, positions, table, lens, k)
+    want = torch_indexer.paged_selection(q, cache, w, bounds, positions, table.clamp_min(0), lens, k, "indexer")
+    assert torch.equal(got.counts, want.counts) and torch.equal(got.indices, want.indices)
