@@ -57,9 +57,6 @@ class Stepped:
     sets: np.ndarray | None
 
 
-BRANCH = False  # off until a GPU has shown equal bits and a gain: about 10 us a layer are expected
-
-
 class Block:
     """Named arrays of one number a row in one piece of memory, on the device and (pinned) on the host."""
 
@@ -117,9 +114,7 @@ class Decoding:
             None  # when done, from, to, what must live until then
         )
         self._side = torch.cuda.Stream() if self.device.type == "cuda" else None  # copies of sets
-        self.branch = (
-            torch.cuda.Stream() if capture and BRANCH else None
-        )  # of a graph: sets beside the layer's projections
+        self.branch = torch.cuda.Stream() if capture else None  # of a graph: sets beside the layer's projections
         self.graphs = 0
 
     def run(self, state: Slots, slots: np.ndarray, draws: bool, records: bool) -> Stepped:
