@@ -8,6 +8,7 @@ from winnow.models.indexer import IndexerConfig
 from winnow.rl.share import REACH
 
 REPORTS = ("full", "short")  # short: perplexity and recall only
+TEACHERS = ("text", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class ConvertOptions:
     sparse_tokens: int = 768
     sparse_indexer_lr: float = 3e-4
     sparse_model_lr: float = 5e-6  # 0 freezes the model in the sparse stage as well
+    sparse_teacher: str = (
+        "text"  # what the model learns in the sparse stage: the "text", or what the "dense" model says to it
+    )
     coupled: bool = False  # ablation: the KL's gradient reaches the model too, against DSA's recipe
     checkpointing: bool = False  # recompute activations in the sparse stage's backward
     holdout_tokens: int = 1536
@@ -80,7 +84,11 @@ class ConvertOptions:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be >= 0")
-        for name, allowed in (("index_share_by", ("every", "overlap")), ("report", REPORTS)):
+        for name, allowed in (
+            ("index_share_by", ("every", "overlap")),
+            ("report", REPORTS),
+            ("sparse_teacher", TEACHERS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"convert.{name} is {getattr(self, name)!r}, but it must be one of {allowed}")
         if not 1 <= self.index_share <= REACH:

@@ -22,6 +22,7 @@ from winnow.models.context import IndexerLoss, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.stages import last_served
+from winnow.rl.teacher import CHUNK
 
 GIB = 1 << 30
 PROBE = (64, 128)  # tokens of the two short passes
@@ -95,6 +96,8 @@ def conversion_memory(model: Any, options: ConvertOptions) -> dict[str, dict[str
             "weights": weights, "AdamW": numbers * 8 + masters,
             "step": max(activations + own, _bytes(trained) + masters + fused),
         }  # fmt: skip
+        if options.sparse_teacher == "dense":  # a copy, and a chunk's logits of both in fp32 with their gradient
+            stages["sparse"]["teacher"] = weights + 6 * 4 * CHUNK * lm_head_weight(model).shape[0]
     return stages
 
 

@@ -27,6 +27,7 @@ from winnow.rl.convert_data import Packed
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.partial import Partial, run_steps
 from winnow.rl.retention import language_loss
+from winnow.rl.teacher import Teacher
 
 Progress = Callable[[str], object]
 Probe = Callable[[], float | None]  # recall on a few held-out tokens
@@ -153,8 +154,10 @@ def sparse_stage(
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Top-k on. Two optimizers and two learning rates: the KL over S_t moves the indexers, the language loss the model.
 
+    options.sparse_teacher "dense": in place of the language loss, the model's KL to itself as it was before the stage, attending to all.
     options.coupled lets the KL's gradient into the model as well: the ablation. Returns curves: kl, loss, recall.
     """
+    teacher = Teacher(model) if options.sparse_teacher == "dense" else None
     indexers, base = indexer_parameters(model), base_parameters(model)
     unfreeze(indexers)
     groups = [MasterAdamW(indexers, options.sparse_indexer_lr)]
@@ -169,7 +172,10 @@ def sparse_stage(
         begin = time.monotonic()
         _measure(curves, probe, number, total)
         watch = IndexerLoss()
-        loss, rows = language_loss(model, next(stream), indexer_loss=watch, coupled=options.coupled)
+        if teacher is None:
+            loss, rows = language_loss(model, next(stream), indexer_loss=watch, coupled=options.coupled)
+        else:
+            loss, rows = _taught_loss(model, next(stream), teacher, watch, options.coupled)
         loss, kl = loss / rows, watch.total()
         (loss + kl).backward()  # the sum is safe: no parameter has a gradient from both
         for group in groups:
@@ -188,8 +194,19 @@ def sparse_stage(
     return curves
 
 
+def _taught_loss(model: Any, batch: Packed, teacher: Teacher, watch: IndexerLoss, coupled: bool) -> tuple[Tensor, int]:
+    device = next(model.parameters()).device
+    ctx = train_context(batch.lengths, device, selector="indexer", indexer_loss=watch, coupled=coupled)
+    return teacher.loss(batch, model, hidden_states(model, batch.tokens.to(device), ctx))
+
+
 def dense_control(model: Any, stream: Iterator[Packed], options: ConvertOptions, progress: Progress) -> list[float]:
-    """The dense model trained like the sparse stage trains it: same data, steps and learning rate. Returns its losses."""
+    """The dense model trained like the sparse stage trains it: same data, steps and learning rate. Returns its losses.
+
+    None with sparse_teacher="dense": a model that is to say what it says already has no gradient.
+    """
+    if options.sparse_teacher == "dense":
+        return []
     base = base_parameters(model)
     unfreeze(base)
     adamw, curve = MasterAdamW(base, options.sparse_model_lr), []

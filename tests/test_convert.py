@@ -16,7 +16,8 @@ from winnow.rl import convert_data
 from winnow.rl.convert import convert
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.retention import perplexity, recall
-from winnow.rl.stages import LayerwiseWarmup, _micro_bounds, sparse_stage, warm_up
+from winnow.rl.stages import LayerwiseWarmup, _micro_bounds, dense_control, sparse_stage, warm_up
+from winnow.rl.teacher import Teacher, summed_kl
 
 OPTIONS = ConvertOptions(
     top_k=6, index_heads=2, index_dim=16, index_rope_dim=8, seq_len=40, warmup_batches=8, warmup_tokens=400, warmup_micro=100,
@@ -198,3 +199,51 @@ def test_own_samples():
     samples = convert_data.own_samples(model, Tokenizer(), 300, 40, 0)
     assert sum(map(len, samples)) >= 300 and all(s[0] == 1 and len(s) <= 40 for s in samples)
     assert len({tuple(s) for s in samples}) > 1
+
+
+def test_a_teachers_kl_and_gradient_equal_their_definition():
+    torch.manual_seed(0)
+    rows, width, vocab = 2500, 12, 40  # more rows than two chunks
+    teacher, student = torch.randn(rows, width), torch.randn(rows, width, requires_grad=True)
+    old, new = torch.randn(vocab, width), torch.randn(vocab, width, requires_grad=True)
+    found = summed_kl(teacher, old, student, new)
+    found.backward()
+    p = (teacher.double() @ old.double().T).softmax(-1)
+    x, w = student.detach().double().requires_grad_(), new.detach().double().requires_grad_()
+    wanted = (p * (p.log() - (x @ w.T).softmax(-1).log())).sum()
+    wanted.backward()
+    torch.testing.assert_close(found.detach().double(), wanted.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(student.grad.double(), x.grad, rtol=0, atol=1e-5)
+    torch.testing.assert_close(new.grad.double(), w.grad, rtol=1e-4, atol=1e-3)
+    same = summed_kl(teacher, old, teacher.clone().requires_grad_(), old)
+    assert 0 <= float(same.detach()) < 1e-3 < float(found.detach()), "a model that agrees has nothing to learn"
+    with pytest.raises(ValueError, match="2500 rows and 40 tokens cannot teach 2500 rows and 41"):
+        summed_kl(teacher, old, student, torch.randn(41, width))
+
+
+def test_a_dense_teacher_brings_the_sparse_model_back_to_the_dense_one():
+    """Against its own dense self at L >> k; the teacher does not move with its student, and the indexers learn as ever."""
+    torch.manual_seed(0)
+    model = attach(tiny_model(), IndexerConfig(top_k=3, num_heads=2, head_dim=16, rope_dim=8))
+    texts = [d + d for d in documents(8)]
+    batch, before = convert_data.pack(texts), {name: p.clone() for name, p in model.named_parameters()}
+    teacher = Teacher(model)
+
+    def gap() -> float:
+        with torch.no_grad():
+            ctx = train_context(batch.lengths, selector="indexer")
+            total, rows = teacher.loss(batch, model, hidden_states(model, batch.tokens, ctx))
+        return float(total) / rows
+
+    untrained = gap()
+    options = ConvertOptions(
+        **{**vars(OPTIONS), "top_k": 3, "sparse_model_lr": 3e-3, "sparse_steps": 30, "sparse_teacher": "dense"}
+    )
+    curves = sparse_stage(model, convert_data.batches(texts, 400, 0), options, lambda line: None)
+    assert untrained > 1e-4 and gap() < 0.5 * untrained
+    assert curves["loss"][-1] < 0.6 * curves["loss"][0]
+    assert all(torch.equal(p, before[name]) for name, p in teacher.model.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in indexer_parameters(model).items())
+    assert dense_control(model, iter(()), options, lambda line: None) == [], (
+        "a dense model has nothing to learn from itself"
+    )
