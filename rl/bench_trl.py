@@ -6,9 +6,9 @@ ones of the same folder: TRL knows no sparse attention.
 
 from __future__ import annotations
 
-import itertools
+import json
 import re
-import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,60 +17,57 @@ if TYPE_CHECKING:
     from winnow.rl.bench_step import StepBench
 
 
-def bench_trl(bench: StepBench, model: str, scratch: Path) -> dict[str, Any]:
-    """Figures as those of ours, but `first_step_s` counts from here: imports are done by now. Raises ImportError where TRL, or what it needs, is missing."""
-    from winnow.rl.bench_step import WARM_UP, seconds_alive, spread
+def bench_trl(
+    bench: StepBench, model: str, scratch: Path, begin: float, progress: Callable[[str], object]
+) -> dict[str, Any]:
+    """Figures as those of ours. begin: seconds of this process's life that came before TRL's. ImportError: TRL, or what it needs, is missing."""
+    from winnow.rl.bench_step import timing
 
-    begin = time.perf_counter()
-    trainer, fast, ends, rewards = _trainer(bench, model, scratch)
+    trainer, fast, ends, curve = _trainer(bench, model, scratch, progress)
     trainer.train()
-    times = [b - a for a, b in itertools.pairwise(ends)]
-    counted = times[max(0, WARM_UP - 1) :] or times
     import trl
 
-    total = bench.prompts * bench.samples
     return {
         "version": trl.__version__,
         "rollouts": "vLLM, colocated" if fast else "generate",
-        "first_step_s": round(ends[0] - begin, 2) if ends else seconds_alive(),
-        "steps_counted": len(counted),
-        "samples_per_s": spread([total / seconds for seconds in counted]),
-        "step_s": spread(counted),
-        "rewards": rewards,
+        **timing(bench, begin, ends[: len(curve)], curve),
     }
 
 
-def _trainer(bench: StepBench, model: str, scratch: Path) -> tuple[Any, bool, list[float], list[float]]:
-    """The trainer, whether vLLM samples for it, and the lists that fill as it steps: ends of steps in seconds, mean rewards."""
+def _trainer(
+    bench: StepBench, model: str, scratch: Path, progress: Callable[[str], object]
+) -> tuple[Any, bool, list[float], list[tuple[float, float]]]:
+    """The trainer, whether vLLM samples for it, and the lists that fill as it steps: ends in seconds; mean rewards with tokens of a reply.
+
+    fp32 weights in the trainer, which computes under bf16 autocast on a GPU; vLLM's are bf16.
+    """
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from winnow.rewards.tasks import generate_tasks
+    from winnow.rl.bench_step import seconds_alive, step_config
+    from winnow.rl.grading import prepared_tasks
 
     gpu = bench.device.startswith("cuda")
-    dense = scratch / "dense"  # without indexers: vLLM refuses tensors that it does not know
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32)
-    if hasattr(loaded.config, "winnow"):
-        del loaded.config.winnow
-    loaded.save_pretrained(dense)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.save_pretrained(dense)
-    tasks = generate_tasks("addition", count=70, seed=bench.seed)
+    dense = dense_folder(model, scratch, "bfloat16" if gpu else "float32")
+    tasks = prepared_tasks(step_config(bench, model, scratch), lambda text: None)["addition"]
     rows = [{"prompt": [dict(m) for m in task.messages], "answer": task.answer} for task in tasks]
     ends: list[float] = []
-    rewards: list[float] = []
+    curve: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if gpu:
                 torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            ends.append(seconds_alive())
+            if bench.wall and ends[-1] - ends[0] >= bench.wall:
+                control.should_training_stop = True
 
         def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
             if logs and "reward" in logs:
-                rewards.append(round(float(logs["reward"]), 3))
+                curve.append((float(logs["reward"]), float(logs["completions/mean_length"])))
+                progress(f"trl: {ends[-1]:.2f} s after the start, step {len(curve)}: reward {curve[-1][0]:.3f}")
 
     fast = gpu and find_spec("vllm") is not None
     options: dict[str, Any] = (
@@ -83,10 +80,29 @@ def _trainer(bench: StepBench, model: str, scratch: Path) -> tuple[Any, bool, li
         disable_tqdm=True, **options,
     )  # fmt: skip
     trainer = GRPOTrainer(
-        model=str(dense), reward_funcs=last_number, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        callbacks=[Clock()],
+        model=str(dense), reward_funcs=last_number, args=config, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(dense), callbacks=[Clock()],
     )  # fmt: skip
-    return trainer, fast, ends, rewards
+    return trainer, fast, ends, curve
+
+
+def dense_folder(model: str, scratch: Path, served: str) -> Path:
+    """`model` without indexers, as vLLM and TRL open it; `model` itself where it is dense already. served: the dtype that vLLM is told."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = json.loads((Path(model) / "config.json").read_text())
+    if "winnow" not in settings and settings.get("dtype") == served:
+        return Path(model)
+    dense = scratch / "dense"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if hasattr(loaded.config, "winnow"):
+        del loaded.config.winnow
+    loaded.save_pretrained(dense)
+    AutoTokenizer.from_pretrained(model).save_pretrained(dense)
+    settings = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**settings, "dtype": served}, indent=1))
+    return dense
 
 
 def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

@@ -204,7 +204,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="kernels: these rows, or all whose names contain a word, e.g. mla topk",
+        help="kernels: these rows, or all whose names contain a word, e.g. mla topk; step: ours, trl",
     )
     bench.add_argument(
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
@@ -229,6 +229,8 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
     bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
     bench.add_argument("--steps", type=positive, default=10, help="step: steps to run (10)")
+    bench.add_argument("--wall", type=positive, help="step: end a run so many seconds after its first step")
+    bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
     bench.add_argument(
         "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
     )

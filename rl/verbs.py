@@ -278,9 +278,10 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
     from winnow.rl.bench_step import StepBench, as_rows, bench_step
 
     bench = StepBench(
-        model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens, steps=a.steps
+        model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens, steps=a.steps,
+        wall=a.wall, seed=a.seed,
     )  # fmt: skip
-    figures = bench_step(bench, a.peers)
+    figures = bench_step(bench, a.peers, a.only or (), say)
     for line in as_rows(figures):
         say(line)
     return {"bench": "step", "model": a.model or "random, 2 layers", "device": a.device, **figures}

@@ -18,11 +18,25 @@ def test_bench_step_times_the_program_by_stage(capsys: pytest.CaptureFixture[str
     figures = json.loads(printed.out)
     ours = figures["ours"]
     assert ours["steps_counted"] == 1 and len(ours["rewards"]) == 3 and "trl" not in figures
+    assert ours["curve"][0][0] == 0.0 < ours["curve"][1][0] < ours["curve"][2][0]
+    assert [round(row[1], 3) for row in ours["curve"]] == ours["rewards"] and printed.err.count("ours: ") == 4
     assert set(ours["stage_s"]) == {"rollout", "reward", "learn", "sync"}
     rate = ours["samples_per_s"]
     assert 0 < rate["min"] <= rate["median"] <= rate["max"]
     assert rate["median"] == pytest.approx(4 / ours["step_s"]["median"], rel=0.02)
     assert ours["first_step_s"] > ours["step_s"]["median"] and "samples/s" in printed.err
+
+
+def test_a_run_of_so_many_seconds_ends_with_the_step_in_which_they_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from winnow.rl import bench_step
+
+    clock = iter(range(1, 100))
+    monkeypatch.setattr(bench_step, "seconds_alive", lambda: float(next(clock)))
+    bench = bench_step.StepBench(prompts=2, samples=2, tokens=3, steps=50, wall=2.0)
+    ours = bench_step.bench_step(bench, ["trl"], ["ours"])["ours"]
+    assert ours["first_step_s"] == 1.0 and [row[0] for row in ours["curve"]] == [0.0, 1.0, 2.0]
+    with pytest.raises(ValueError, match="nothing to run"):
+        bench_step.bench_step(bench, [], ["trl"])
 
 
 def test_a_peer_that_is_not_there_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
