@@ -88,6 +88,7 @@ class RolloutConfig:
     prefill_chunk: int = number(512, low=1)
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU
     record_indices: bool = True  # carry the selected sets with every trajectory: for index/jaccard and for replay
+    record_experts: bool = True  # of a model with experts: carry each token's, for routing/* and for replay
     request_timeout_s: float = number(600.0, low=0, open_low=True)
     reuse_prefixes: bool = (
         True  # a prompt starts behind what earlier requests left of it in the cache, within one version
@@ -110,6 +111,7 @@ class LearnerConfig:
     max_grad_norm: float = number(1.0, low=0, open_low=True)
     micro_tokens: int = number(4096, low=1)  # tokens of one packed micro-batch; a longer sequence gets one of its own
     threads: int = number(1, low=1)
+    routing: str = choice("own", "own", "replay")  # of a model with experts: which tokens go to which
     updates_per_batch: int = number(1, low=1)
     checkpointing: bool = False  # recompute activations in the backward pass
     restarts: int = number(
@@ -296,6 +298,15 @@ def check(config: Config) -> Config:
     if config.indexer.selection == "replay" and not config.rollout.record_indices:
         raise ConfigError(
             "indexer.selection is replay, but rollout.record_indices is false: set it to true, or selection to own"
+        )
+    if config.learner.routing == "replay" and (not config.rollout.record_experts or config.rollout.engine == "vllm"):
+        raise ConfigError(
+            "learner.routing is replay, but "
+            + (
+                "rollout.engine vllm files no experts of its steps: set rollout.engine to native, or learner.routing to own"
+                if config.rollout.record_experts
+                else "rollout.record_experts is false: set it to true, or learner.routing to own"
+            )
         )
     if config.rollout.engine == "vllm":
         try:
