@@ -30,8 +30,8 @@ def open_routers(model: Any) -> None:
 
 def routers(model: Any) -> dict[int, Any]:
     """Layer -> router, of the layers that have experts; empty for a model without any."""
-    mlps = [(index, getattr(layer, "mlp", None)) for index, layer in enumerate(model.get_decoder().layers)]
-    return {index: mlp.gate for index, mlp in mlps if hasattr(mlp, "experts") and hasattr(mlp, "gate")}
+    layers = enumerate(model.get_decoder().layers)
+    return {index: layer.mlp.gate for index, layer in layers if hasattr(layer.mlp, "experts")}
 
 
 def routing_choices(model: Any) -> int:
