@@ -299,15 +299,6 @@ def check(config: Config) -> Config:
         raise ConfigError(
             "indexer.selection is replay, but rollout.record_indices is false: set it to true, or selection to own"
         )
-    if config.learner.routing == "replay" and (not config.rollout.record_experts or config.rollout.engine == "vllm"):
-        raise ConfigError(
-            "learner.routing is replay, but "
-            + (
-                "rollout.engine vllm files no experts of its steps: set rollout.engine to native, or learner.routing to own"
-                if config.rollout.record_experts
-                else "rollout.record_experts is false: set it to true, or learner.routing to own"
-            )
-        )
     if config.rollout.engine == "vllm":
         try:
             check_version(installed_version())
@@ -322,6 +313,7 @@ def check(config: Config) -> Config:
             f"algorithm.correction is {config.algorithm.correction}, which weighs by old/rollout probabilities, but without "
             "algorithm.recompute_old the two are the same numbers: set algorithm.recompute_old to true, or correction to none"
         )
+    _check_routing(config)
     _check_schedule(config)
     _check_here(config)
     if config.learner.updates_per_batch > config.prompts_per_step:
@@ -341,6 +333,25 @@ def check(config: Config) -> Config:
             "or raise rollout.samples or a quota"
         )
     return config
+
+
+def _check_routing(config: Config) -> None:
+    """Replaying experts takes a model that has some, and an engine that records them."""
+    if config.learner.routing != "replay":
+        return
+    why = None
+    if not config.rollout.record_experts:
+        why = "rollout.record_experts is false: set it to true"
+    elif config.rollout.engine == "vllm":
+        why = "the vllm engine files no experts of its steps: set rollout.engine to native"
+    elif (described := Path(config.model.path) / "config.json").is_file():
+        shape = json.loads(described.read_text())
+        if not any(name in shape for name in ("n_routed_experts", "num_local_experts")):
+            why = (
+                f"{config.model.path} is a {shape.get('model_type')} model without experts: there is nothing to replay"
+            )
+    if why:
+        raise ConfigError(f"learner.routing is replay, but {why}, or set learner.routing to own")
 
 
 def _check_schedule(config: Config) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from winnow.rl.batching import TrainBatch, make_batch
 from winnow.rl.config import ConfigError, make_config
 from winnow.rl.learner import Learner, StepRefused
 from winnow.rl.metrics import record_metrics
+from winnow.rl.schedule import _Groups
 from winnow.rl.train import train
 from winnow.rollout import records
 from winnow.rollout.engine import Engine, EngineConfig
@@ -158,7 +161,9 @@ def test_a_record_is_small_whole_and_exact() -> None:
     assert (
         0.757 * 464 < record.nbytes / rows < 0.81 * 464
     )  # a byte each would be 464 a token; log2 of the sets is 0.757 of that
-    part = record.cut(7)
+    part = _Groups(io.BytesIO(pickle.dumps([record.cut(7)]))).load()[
+        0
+    ]  # as it comes from a worker, or out of a checkpoint
     assert part.num_rows == 7 and np.array_equal(part.experts, chosen[:, :7]) and record.num_rows == rows
     wide = np.sort(rng.permuted(np.broadcast_to(np.arange(300, dtype=np.uint16), (2, 5, 300)), axis=-1)[..., :8])
     assert np.array_equal(ExpertRecord(layers=(0, 1), experts=wide).experts, wide)
@@ -384,8 +389,11 @@ def test_what_cannot_be_replayed_is_refused(folder: Path, tmp_path: Path) -> Non
     LlamaForCausalLM(
         LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="a llama model without experts"):
+    with pytest.raises(ConfigError, match="a llama model without experts"):  # before any process is started
         learner_for(tmp_path / "dense", tmp_path, "learner.routing=replay")
+    dense = Learner(learner.config)
+    with pytest.raises(ValueError, match="a llama model without experts"):
+        dense.load(tmp_path / "dense")  # as a pipeline does, whose config has no path yet
     assert make_engine(folders.load(tmp_path / "dense"), record_experts=True).expert_layers == ()
 
 
