@@ -98,6 +98,9 @@ class ForwardContext:
     converted layer in train mode; force_sparse runs the sparse path also where every set is the identity (tests). coupled lets the KL's
     gradient into the model through the indexer's input: what skipping DSA's recipe does, for the ablation only.
 
+    experts_in replays given experts, layer -> int64 [tokens, k], and the routers choose nothing; experts_out is filled per layer with
+    experts (models/routing.py).
+
     max_seq_len (a bound is enough) and fresh (no earlier context) are read off the tensors where they are not given, which waits for a
     GPU. A CUDA graph must not wait: with faults int32 [1] on the device a bad score sets it to 1 instead of raising, and scratch, filled
     by the operations, serves all layers. fused: `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a
@@ -114,6 +117,8 @@ class ForwardContext:
     selector: str = "indexer"
     selection_in: Mapping[int, Selection] | None = None
     selection_out: dict[int, Selection] | None = None
+    experts_in: Mapping[int, Tensor] | None = None
+    experts_out: dict[int, Tensor] | None = None
     indexer_loss: IndexerLoss | None = None
     force_sparse: bool = False
     coupled: bool = False

@@ -22,6 +22,7 @@ from winnow.kernels.selection import Selection
 from winnow.models.context import ForwardContext, current_context
 from winnow.models.indexer import rotate
 from winnow.models.layer import Layer, write_pages
+from winnow.models.routing import show_context
 
 ABSORBED_PAYS = 3.4  # absorbed sparse prefill is cheaper than MHA above an average context of this many top_k (from operation counts)
 
@@ -39,6 +40,7 @@ def mla_forward(
         raise ValueError(
             "winnow attention takes packed sequences [1, tokens]: no attention mask, no batch axis, no transformers cache"
         )
+    show_context(self, ctx)
     hidden = hidden_states[0]  # [T, C]
     cos, sin = (x[0] for x in position_embeddings)  # [T, rope], both halves alike
     q_latent = self.q_a_layernorm(self.q_a_proj(hidden))  # [T, q_lora_rank]

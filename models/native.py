@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from winnow.models.indexer import Indexer, IndexerConfig, rounded
 from winnow.models.mla import mla_forward
+from winnow.models.routing import open_routers, routers
 
 NATIVE = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}  # model type -> RoPE layout of its indexer
 
@@ -76,16 +77,19 @@ class NativeIndexer(Indexer):
 
 
 def open_native(model: Any) -> Any:
-    """Replace attention forwards and indexers of a native model; its weights and their names stay. Changes and returns the model."""
+    """Replace forwards of attention and routers, and the indexers; weights and their names stay. Changes and returns the model."""
     check_native(model.config)
     config = native_indexer_config(model.config)
     layers = model.get_decoder().layers
+    open_routers(model)
+    behind = routers(model)
     for index, layer in enumerate(layers):
         attention = layer.self_attn
         if attention.indexer is not None:
             attention.indexer = NativeIndexer(attention.indexer, config)
         leader = config.leader_of(index)
         attention.winnow_served = (leader, config.last_served(leader, len(layers)))
+        attention.winnow_router = (behind[index],) if index in behind else ()  # a tuple: no submodule of the attention
         attention.forward = MethodType(mla_forward, attention)
     return model
 

@@ -23,7 +23,7 @@ CALL = "winnow.rewards.pooled:call_with"
 
 
 class PooledReward:
-    """`f(task, trajectory)` by its name. The trajectory travels without its index records and kept sets."""
+    """`f(task, trajectory)` by its name. The trajectory travels without its records and kept sets."""
 
     parallel = True
 
@@ -31,7 +31,7 @@ class PooledReward:
         self.__name__, self.seconds = name, seconds
 
     def __call__(self, task: Task, trajectory: Trajectory) -> Score | Failure:
-        slim = replace(trajectory, index_record=None, kept_sets=None)
+        slim = replace(trajectory, index_record=None, expert_record=None, kept_sets=None)
         return checked(self.__name__, shared().call(self.__name__, task, slim, seconds=self.seconds))
 
 

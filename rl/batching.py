@@ -14,7 +14,7 @@ import numpy as np
 
 from winnow.rl.advantages import Sample
 from winnow.rl.losses import Denominators
-from winnow.rollout.schema import IndexRecord, KeptSets, Trajectory
+from winnow.rollout.schema import ExpertRecord, IndexRecord, KeptSets, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,7 @@ class MicroBatch:
     temperature: float = 1.0
     kept_sets: KeptSets | None = None  # over the N trained tokens
     index_records: tuple[IndexRecord | None, ...] = ()  # [n], rows cut to the sequence's inputs
+    expert_records: tuple[ExpertRecord | None, ...] = ()  # [n], likewise
 
     def __post_init__(self) -> None:
         lengths = {"positions": len(self.tokens), "loss_mask": len(self.tokens), "sequence_ids": len(self.targets)}
@@ -96,6 +97,7 @@ class PackItem:
     teacher_logprobs: np.ndarray | None = None  # fp32 [N]
     kept_sets: KeptSets | None = None
     index_record: IndexRecord | None = None
+    expert_record: ExpertRecord | None = None
 
 
 def make_batch(
@@ -205,12 +207,14 @@ def trajectory_sequence(trajectory: Trajectory, *, kept_sets: bool = True) -> Pa
     record = trajectory.index_record
     if record is not None:
         record = record.cut(max(0, len(sequence.tokens) - record.first))
+    routed = trajectory.expert_record
     return replace(
         sequence,
         rollout_logprobs=trajectory.rollout_logprobs[trained].astype(np.float32),
         temperature=trajectory.temperature,
         kept_sets=_take_rows(trajectory.kept_sets, trained) if kept_sets and trajectory.kept_sets is not None else None,
         index_record=record,
+        expert_record=None if routed is None else routed.cut(len(sequence.tokens)),
     )
 
 
@@ -277,6 +281,7 @@ def _join(members: Sequence[PackItem]) -> MicroBatch:
         temperature=members[0].temperature,
         kept_sets=_join_kept([s.kept_sets for s in members], [len(s.targets) for s in members]),
         index_records=tuple(s.index_record for s in members),
+        expert_records=tuple(s.expert_record for s in members),
     )
 
 

@@ -425,6 +425,7 @@ def worker_spec(config: Config) -> Any:
         max_batch=rollout.max_batch,
         prefill_chunk=rollout.prefill_chunk,
         record_indices=rollout.record_indices,
+        record_experts=rollout.record_experts,
         keep_kept_sets=config.algorithm.keep_kept_sets,
         selector=config.indexer.selector,
         cuda_graphs=rollout.cuda_graphs,

@@ -88,6 +88,7 @@ class RolloutConfig:
     prefill_chunk: int = number(512, low=1)
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU
     record_indices: bool = True  # carry the selected sets with every trajectory: for index/jaccard and for replay
+    record_experts: bool = True  # of a model with experts: carry each token's, for routing/* and for replay
     request_timeout_s: float = number(600.0, low=0, open_low=True)
     reuse_prefixes: bool = (
         True  # a prompt starts behind what earlier requests left of it in the cache, within one version
@@ -110,6 +111,7 @@ class LearnerConfig:
     max_grad_norm: float = number(1.0, low=0, open_low=True)
     micro_tokens: int = number(4096, low=1)  # tokens of one packed micro-batch; a longer sequence gets one of its own
     threads: int = number(1, low=1)
+    routing: str = choice("own", "own", "replay")  # of a model with experts: which tokens go to which
     updates_per_batch: int = number(1, low=1)
     checkpointing: bool = False  # recompute activations in the backward pass
     restarts: int = number(
@@ -311,6 +313,7 @@ def check(config: Config) -> Config:
             f"algorithm.correction is {config.algorithm.correction}, which weighs by old/rollout probabilities, but without "
             "algorithm.recompute_old the two are the same numbers: set algorithm.recompute_old to true, or correction to none"
         )
+    _check_routing(config)
     _check_schedule(config)
     _check_here(config)
     if config.learner.updates_per_batch > config.prompts_per_step:
@@ -330,6 +333,25 @@ def check(config: Config) -> Config:
             "or raise rollout.samples or a quota"
         )
     return config
+
+
+def _check_routing(config: Config) -> None:
+    """Replaying experts takes a model that has some, and an engine that records them."""
+    if config.learner.routing != "replay":
+        return
+    why = None
+    if not config.rollout.record_experts:
+        why = "rollout.record_experts is false: set it to true"
+    elif config.rollout.engine == "vllm":
+        why = "the vllm engine files no experts of its steps: set rollout.engine to native"
+    elif (described := Path(config.model.path) / "config.json").is_file():
+        shape = json.loads(described.read_text())
+        if not any(name in shape for name in ("n_routed_experts", "num_local_experts")):
+            why = (
+                f"{config.model.path} is a {shape.get('model_type')} model without experts: there is nothing to replay"
+            )
+    if why:
+        raise ConfigError(f"learner.routing is replay, but {why}, or set learner.routing to own")
 
 
 def _check_schedule(config: Config) -> None:

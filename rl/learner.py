@@ -1,6 +1,6 @@
 """The learner: one model, one optimizer, and a step from a TrainBatch. A plain class, used in-process and as a Ray actor's body.
 
-    TrainBatch -> each update: each micro-batch: forward (own or replayed index sets) -> log-probabilities at trained positions
+    TrainBatch -> each update: each micro-batch: forward (own or replayed index sets and experts) -> log-probabilities at trained positions
                -> loss + indexer KL -> backward;   then: checks -> clip -> AdamW   -> StepReport
 
 A step with a non-finite loss or gradient, or with a mismatch past its ceiling, is refused: that update leaves the weights as they
@@ -25,6 +25,7 @@ from winnow.kernels.selection import Selection
 from winnow.models import attach
 from winnow.models import load as model_folders
 from winnow.models.context import IndexerLoss
+from winnow.models.routing import routers
 from winnow.rl import scoring
 from winnow.rl.batching import (
     MicroBatch,
@@ -42,7 +43,7 @@ from winnow.rl.optimizer import Optimizer, non_finite_gradients
 from winnow.rl.ranks import Ranks, whole
 from winnow.rl.step_report import STILL, Drift, StepRefused, StepReport, shares, where
 from winnow.rl.teachers import Teachers
-from winnow.rollout import weights
+from winnow.rollout import records, weights
 from winnow.rollout.schema import Trajectory
 
 STATE_FILE = "learner.pt"
@@ -60,7 +61,7 @@ class Learner:
         """Loads the model at `path` (default: config.model.path) with a new optimizer, and the reference if a domain has beta > 0.
 
         Returns {"parameters": count, "indexer_parameters": count, "top_k": k or None}. Raises ValueError for replay or indexer
-        training on a dense model.
+        training on a dense model, and for routing replay on one without experts.
         """
         self.config = config = config or self.config
         path = str(path or config.model.path)
@@ -89,6 +90,10 @@ class Learner:
             raise ValueError(
                 f"{path} is a dense model, but the config has indexer.train={config.indexer.train} and indexer.selection="
                 f"{config.indexer.selection}, which need an indexer: run `winnow convert` first, or set frozen and own"
+            )
+        if config.learner.routing == "replay" and not routers(model):
+            raise ValueError(
+                f"learner.routing is replay, but {path} is a {model.config.model_type} model without experts: set learner.routing to own"
             )
         self.ranks.shard(self.model, attach.indexer_parameters(self.model).values())
         base, indexer = attach.base_parameters(self.model).values(), attach.indexer_parameters(self.model).values()
@@ -198,7 +203,8 @@ class Learner:
         found: dict[str, np.ndarray] = {}
         for micro in pack([trajectory_sequence(t) for t in trajectories], self.config.learner.micro_tokens):
             sets = scoring.recorded_selections(micro, self.device) if replay else None
-            with scoring.scored(self.model, micro, replay=sets, selector=self._selector) as result:
+            experts = scoring.recorded_experts(micro, self.device) if replay else None
+            with scoring.scored(self.model, micro, replay=sets, experts=experts, selector=self._selector) as result:
                 values = result.logprobs.cpu().numpy()
             found |= {key: values[micro.sequence_ids == number] for number, key in enumerate(micro.keys)}
         return [found[trajectory.key] for trajectory in trajectories]
@@ -259,10 +265,12 @@ class Learner:
         kl = IndexerLoss() if self.config.indexer.train == "kl" else None
         recorded = self._recorded(micro)
         replay = recorded if self.config.indexer.selection == "replay" else None
-        record = recorded is not None and replay is None
+        routed = self._routed(micro)
+        routes = routed if self._replays_routing else None
         with scoring.scored(
-            self.model, micro, replay=replay, record=record, indexer_loss=kl, selector=self._selector
-        ) as result:
+            self.model, micro, replay=replay, record=recorded is not None and replay is None, experts=routes,
+            record_experts=routed is not None and routes is None, indexer_loss=kl, selector=self._selector,
+        ) as result:  # fmt: skip
             inputs = self._loss_inputs(micro, result, old.get(id(micro)))
             output = compute_loss(inputs, self.config.algorithm, update.denominators)
             loss = output.loss
@@ -282,6 +290,10 @@ class Learner:
                 drift.add(inputs.logprobs.detach(), micro.rollout_logprobs)
             if number == 0:
                 self._tally_index(micro, result.selections, recorded, replay is not None, tally)
+                if routed is not None and result.experts:
+                    tokens, of_tokens, choices, of_choices = records.experts_differ(result.experts, routed)
+                    tally.add("routing/tokens_differ", tokens, of_tokens)
+                    tally.add("routing/choices_differ", choices, of_choices)
         return fault
 
     def _apply(self, batch: TrainBatch, number: int) -> dict[str, float]:
@@ -336,7 +348,8 @@ class Learner:
         old = {}
         for micro in (u.micro_batches[i] for u in batch.updates for _, mine in self._dealt(u) for i, _ in mine):
             replay = self._recorded(micro) if self.config.indexer.selection == "replay" else None
-            with scoring.scored(self.model, micro, replay=replay, selector=self._selector) as result:
+            routes = self._routed(micro) if self._replays_routing else None
+            with scoring.scored(self.model, micro, replay=replay, experts=routes, selector=self._selector) as result:
                 old[id(micro)] = result.logprobs
         return old
 
@@ -363,6 +376,21 @@ class Learner:
                 f"indexer.selection is replay, but trajectory {bare[0]} carries no index record: set rollout.record_indices to true"
             )
         return None
+
+    @property
+    def _replays_routing(self) -> bool:
+        return self.config.learner.routing == "replay"
+
+    def _routed(self, micro: MicroBatch) -> dict[int, Tensor] | None:
+        """The rollout's experts: for replay, where no sequence may lack them, and to measure how many differ. None: nothing recorded."""
+        found = scoring.recorded_experts(micro, self.device)
+        if found is None and self._replays_routing and micro.ce_weights is None:
+            bare = next((k for k, r in zip(micro.keys, micro.expert_records, strict=False) if r is None), micro.keys[0])
+            raise ValueError(
+                f"learner.routing is replay, but trajectory {bare} carries no expert record: set rollout.record_experts to true, and "
+                "rollout.engine to native"
+            )
+        return found
 
     def _tally_index(
         self,

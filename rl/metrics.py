@@ -117,14 +117,17 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 def record_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """index_record/bytes_per_token: packed bytes of the index records by generated token; index_record/share_of_int32: by the bytes of
-    the same sets as int32. Nothing where no sets are recorded."""
+    the same sets as int32; expert_record/bytes_per_token: packed bytes of the expert records by generated token. Nothing of what is not
+    recorded."""
+    tokens = sum(trajectory.num_generated for group in groups for trajectory in group.trajectories)
+    routed = [t.expert_record.nbytes for group in groups for t in group.trajectories if t.expert_record is not None]
+    metrics = {"expert_record/bytes_per_token": sum(routed) / max(1, tokens)} if routed else {}
     records = [t.index_record for group in groups for t in group.trajectories if t.index_record is not None]
     if not records:
-        return {}
+        return metrics
     packed = sum(record.nbytes for record in records)
     raw = sum(4 * len(record.layers) * record.num_rows * record.k for record in records)
-    tokens = sum(trajectory.num_generated for group in groups for trajectory in group.trajectories)
-    return {
+    return metrics | {
         "index_record/bytes_per_token": packed / max(1, tokens),
         "index_record/share_of_int32": packed / raw if raw else 0.0,
     }

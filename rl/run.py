@@ -176,6 +176,7 @@ def sample_row(trajectory: Trajectory, score: Score | Failure | None) -> dict[st
         "finish_reason": trajectory.finish_reason,
         "turns": trajectory.turns,
         "index_record_bytes": record.nbytes if record is not None else 0,
+        **({"expert_record_bytes": routed.nbytes} if (routed := trajectory.expert_record) is not None else {}),
     }
     if isinstance(score, Score):
         row |= {"reward": score.value, "parts": dict(score.parts)}

@@ -1,6 +1,6 @@
 """Log-probabilities of a packed micro-batch under a model: the one forward path of training, reference, evaluation and parity checks.
 
-MicroBatch -> ForwardContext(train, own or replayed index sets) -> hidden states [T, C] -> log-probabilities at trained rows [N]
+MicroBatch -> ForwardContext(train, own or replayed index sets and experts) -> hidden states [T, C] -> log-probabilities at trained rows [N]
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from winnow.rollout import records
 
 @dataclass(kw_only=True, slots=True)
 class Scored:
-    """One forward pass. `selections` are the sets that the model chose itself, where they were asked for."""
+    """One forward pass. `selections` and `experts` [T, k] by layer are what the model chose itself, where it was asked for."""
 
     logprobs: Tensor  # fp32 [N]
     entropy: Tensor  # fp32 [N]
     selections: Mapping[int, Selection] = field(default_factory=dict)
+    experts: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -39,12 +40,15 @@ def scored(
     *,
     replay: Mapping[int, Selection] | None = None,
     record: bool = False,
+    experts: Mapping[int, Tensor] | None = None,
+    record_experts: bool = False,
     indexer_loss: IndexerLoss | None = None,
     selector: str = "indexer",
 ) -> Iterator[Scored]:
     """Scores a micro-batch. The context stays open inside the `with`, so that a backward pass may recompute activations in it.
 
     `replay`: index sets to attend to instead of the model's own. `record`: return the model's own sets. `selector`: what chooses them.
+    `experts`: where to send the tokens instead of what the routers choose. `record_experts`: return what they chose.
     """
     device = next(model.parameters()).device
     bounds = known(torch.as_tensor(micro.cu_seqlens, device=device), micro.cu_seqlens.tolist())
@@ -56,12 +60,19 @@ def scored(
         selector=selector,
         selection_in=replay,
         selection_out={} if record else None,
+        experts_in=experts,
+        experts_out={} if record_experts else None,
         indexer_loss=indexer_loss,
     )
     with forward_context(context):
         run = getattr(model, "score_rows", None) or partial(score_rows, model)  # a model over ranks has its own
         logprobs, entropy = run(micro)
-        yield Scored(logprobs=logprobs, entropy=entropy, selections=context.selection_out or {})
+        yield Scored(
+            logprobs=logprobs,
+            entropy=entropy,
+            selections=context.selection_out or {},
+            experts=context.experts_out or {},
+        )
 
 
 def score_rows(model: nn.Module, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -86,6 +97,13 @@ def recorded_selections(micro: MicroBatch, device: torch.device | str = "cpu") -
     queries = torch.ones(int(lengths.sum()), dtype=torch.bool, device=device)
     queries[torch.as_tensor(lengths.cumsum() - 1, device=device)] = False
     return {layer: Selection(s.indices[queries], s.counts[queries]) for layer, s in sets.items()}
+
+
+def recorded_experts(micro: MicroBatch, device: torch.device | str = "cpu") -> dict[int, Tensor] | None:
+    """The rollout's experts of every layer that has any, for the packed inputs; None where a sequence carries none."""
+    if not micro.expert_records or any(record is None for record in micro.expert_records):
+        return None
+    return records.decode_experts(micro.expert_records, np.diff(micro.cu_seqlens).tolist(), device)
 
 
 def overlap_by_layer(

@@ -14,12 +14,16 @@ Keys and values depend on the weights, so a key is valid for one policy version:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# What is recorded of a page's tokens: `records`, the index sets of its queries past position k, and `routes`, the experts of all of
+# them, each [layers, rows, k] and only where it is recorded.
+PageRecord = Mapping[str, np.ndarray]
 
 
 class OutOfPagesError(RuntimeError):
@@ -71,7 +75,7 @@ class PagedCache:
         self._kept: OrderedDict[int, None] = OrderedDict()  # nobody's, but their keys still find them; the oldest first
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._records: dict[int, np.ndarray] = {}  # of published pages, see `publish`
+        self._records: dict[int, PageRecord] = {}  # of published pages, see `publish`
         self._record_bytes, self._record_limit = 0, record_limit
 
     @property
@@ -133,30 +137,31 @@ class PagedCache:
             keys.append(blake2b((keys[-1] if keys else b"") + page.tobytes(), digest_size=16).digest())
         return keys
 
-    def publish(self, key: bytes, page: int, record: np.ndarray | None = None) -> bool:
+    def publish(self, key: bytes, page: int, record: PageRecord | None = None) -> bool:
         """Lets `match` find a held, full page, which nobody may write any more. False where the key finds an equal page already, or
         where the record has no room.
 
-        record: the index sets [layers, rows, k] of the page's queries, where they are recorded; who reuses the page gets them too. They
-        can be larger than the page itself, so kept pages make room for them, the oldest first.
+        record: what is recorded of the page's tokens; who reuses the page gets it too. It can be larger than the page itself, so kept
+        pages make room for it, the oldest first.
         """
         assert self._references[page] > 0, f"page {page} is free and cannot be published"
         if key in self._page_of or page in self._key_of:
             return False
-        if record is not None:
-            while self._record_bytes + record.nbytes > self._record_limit and self._kept:
+        if record:
+            size = _nbytes(record)
+            while self._record_bytes + size > self._record_limit and self._kept:
                 self._free.append(self._reclaim())
-            if self._record_bytes + record.nbytes > self._record_limit:
+            if self._record_bytes + size > self._record_limit:
                 return False
             self._records[page] = record
-            self._record_bytes += record.nbytes
+            self._record_bytes += size
         self._page_of[key], self._key_of[page] = page, key
         return True
 
     def published(self, key: bytes) -> bool:
         return key in self._page_of
 
-    def match(self, keys: Sequence[bytes]) -> tuple[list[int], list[np.ndarray]]:
+    def match(self, keys: Sequence[bytes]) -> tuple[list[int], list[PageRecord]]:
         """The longest run of pages, from the first on, that the keys find, each with one more reference; and their records."""
         pages: list[int] = []
         for key in keys:
@@ -180,7 +185,7 @@ class PagedCache:
         page, _ = self._kept.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]
         if (record := self._records.pop(page, None)) is not None:
-            self._record_bytes -= record.nbytes
+            self._record_bytes -= _nbytes(record)
         return page
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -191,3 +196,7 @@ class PagedCache:
         target = torch.tensor(list(targets), device=self._k.device)
         for store in (self._k, self._v, self._index):
             store[:, target] = store[:, source]
+
+
+def _nbytes(record: PageRecord) -> int:
+    return sum(array.nbytes for array in record.values())

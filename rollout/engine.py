@@ -20,6 +20,7 @@ from torch import Tensor
 
 from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.forward import lm_head_weight
+from winnow.models.routing import routers
 from winnow.rollout.cache import PagedCache
 from winnow.rollout.decoding import Decoding
 from winnow.rollout.engine_config import EngineConfig, check_prompt, named_ends
@@ -47,6 +48,8 @@ class Engine:
         self.records = config.record_indices and indexer is not None and config.selector != "dense"
         self.record_dtype = np.uint16 if self.context <= NARROW_LIMIT else np.int32
         self.layers = tuple(range(shape.num_hidden_layers))
+        routed = routers(model) if config.record_experts else {}
+        self.expert_layers = tuple(routed)
         self.cache = PagedCache(
             **cache_shape(model),
             num_pages=config.num_pages,
@@ -66,11 +69,12 @@ class Engine:
             self.context,
             reuse=config.reuse_prefixes,
             record_from=self.index_k if self.records else None,
+            record_routes=bool(self.expert_layers),
         )
         self.paused = False
         self.forward = Forward(
             model, self.cache, selector=config.selector, exact=config.exact, context=self.context, index_k=self.index_k, layers=self.layers,
-            records=self.records,
+            records=self.records, expert_layers=self.expert_layers, num_experts=max((r.num_experts for r in routed.values()), default=0),
         )  # fmt: skip
         graphs = self.forward.fused and config.cuda_graphs and config.selector in ("indexer", "dense")
         self.decoding = self.static_decoding(capture=True) if graphs else None
@@ -83,6 +87,9 @@ class Engine:
 
     def static_decoding(self, capture: bool) -> Decoding:
         """Decode steps at fixed shapes; capture: as CUDA graphs."""
+        assert not self.expert_layers, (
+            "decode steps at fixed shapes record no experts; no model that has any takes them"
+        )
         return Decoding(
             self.model, self.cache, max_batch=self.config.max_batch, context=self.context, index_k=self.index_k, layers=self.layers,
             selector=self.config.selector, fused=self.forward.fused, exact=self.config.exact, capture=capture,
@@ -282,8 +289,11 @@ class Engine:
                 return self._draw(running, stepped.logits)
             assert stepped.tokens is not None and stepped.logprobs is not None
             return self._append(running, slots, Drawn(tokens=stepped.tokens, logprobs=stepped.logprobs, kept=None))
-        hidden, sets = self.forward.decode(rows, slots)
+        hidden, sets, routes = self.forward.decode(rows, slots)
         self._record_decode(running, lengths, sets)
+        if routes is not None:
+            for row, sequence in enumerate(running):
+                sequence.routes.append((routes, row, row + 1))
         return self._draw(running, self.forward.logits(hidden))
 
     def _record_decode(self, running: list[Sequence], lengths: np.ndarray, sets: np.ndarray | None) -> None:

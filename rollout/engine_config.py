@@ -19,6 +19,7 @@ class EngineConfig:
     prefill_chunk: int = 2048  # tokens of one prefill forward
     max_context: int | None = None  # None: the model's max_position_embeddings
     record_indices: bool = False
+    record_experts: bool = False  # of a model with experts, which ones each token went to
     keep_kept_sets: bool = True
     selector: str = "indexer"
     cuda_graphs: bool = True  # decode steps as CUDA graphs, where there is a GPU and the model's forward pass allows it

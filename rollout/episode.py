@@ -207,6 +207,7 @@ class EpisodeRunner:
         request, engine = episode.job.request, self.engine
         versions = np.array(sample.versions, dtype=np.int32)
         record = sample.index_record(engine.index_k, engine.layers, engine.record_dtype) if engine.records else None
+        routed = sample.expert_record(engine.expert_layers) if engine.expert_layers else None
         return Trajectory(
             request_id=request.request_id,
             sample=episode.number,
@@ -222,6 +223,7 @@ class EpisodeRunner:
             temperature=request.sampling.temperature,
             kept_sets=sample.kept_sets(),
             index_record=record,
+            expert_record=routed,
             environment_state=_state(episode),
         )
 

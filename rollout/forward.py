@@ -19,7 +19,7 @@ from winnow.models import inference
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rollout.cache import PagedCache
-from winnow.rollout.records import compact
+from winnow.rollout.records import compact, compact_experts
 from winnow.rollout.sampler import Drawn, sample, uniforms
 from winnow.rollout.scheduler import Slots
 from winnow.rollout.sequence import Span
@@ -30,14 +30,16 @@ SCORED = 256  # rows of logits of one piece of an exact scoring
 class Forward:
     """One model over one cache. `fused`: `models/inference.py` runs the layers, and kernels draw.
 
-    context: the longest sequence; index_k: the indexers' k, or 0; records: index sets are wanted.
+    context: the longest sequence; index_k: the indexers' k, or 0; records: index sets are wanted; expert_layers: whose experts are.
     """
 
     def __init__(
         self, model: Any, cache: PagedCache, *, selector: str, exact: bool, context: int, index_k: int, layers: tuple[int, ...], records: bool,
+        expert_layers: tuple[int, ...] = (), num_experts: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.cache, self.selector, self.exact = model, cache, selector, exact
         self.context, self.index_k, self.layers, self.records = context, index_k, layers, records
+        self.expert_layers, self.num_experts = expert_layers, num_experts
         self.device = lm_head_weight(model).device
         self.fused = self.device.type == "cuda" and inference.takes(model)
         if exact and self.device.type == "cuda" and not self.fused:
@@ -58,7 +60,7 @@ class Forward:
         table = np.zeros((len(spans), max(len(span.pages) for span in spans)), dtype=np.int32)
         for row, span in enumerate(spans):
             table[row, : len(span.pages)] = span.pages
-        hidden, sets = self.run(
+        hidden, sets, routes = self.run(
             "prefill", ids, positions, np.repeat(np.arange(len(spans)), sizes), offsets, starts + sizes, table
         )
         for row, span in enumerate(spans):
@@ -66,11 +68,13 @@ class Forward:
                 begin = offsets[row] + max(0, self.index_k - int(starts[row]))
                 if begin < offsets[row + 1]:
                     span.records.append((sets, int(begin), int(offsets[row + 1])))
+            if routes is not None and span.order >= 0:
+                span.routes.append((routes, int(offsets[row]), int(offsets[row + 1])))
             span.num_cached += counts[row]
         return hidden
 
-    def decode(self, rows: Slots, slots: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
-        """The newest token of each slot: hidden [rows, C], and the sets as in `run`."""
+    def decode(self, rows: Slots, slots: np.ndarray) -> tuple[Tensor, np.ndarray | None, np.ndarray | None]:
+        """The newest token of each slot: hidden [rows, C], sets and experts as in `run`."""
         lengths = rows.length[slots]
         table = rows.table[slots, : self.cache.pages_for(int(lengths.max()))]
         each = np.arange(len(slots) + 1)
@@ -79,8 +83,9 @@ class Forward:
     def run(
         self, mode: str, ids: np.ndarray, positions: np.ndarray, row_of: np.ndarray, offsets: np.ndarray, lengths: np.ndarray,
         table: np.ndarray,
-    ) -> tuple[Tensor, np.ndarray | None]:  # fmt: skip
-        """hidden [tokens, C], and the index sets [layers, tokens, k] where they are recorded and any query sees more than k."""
+    ) -> tuple[Tensor, np.ndarray | None, np.ndarray | None]:  # fmt: skip
+        """hidden [tokens, C]; the index sets [layers, tokens, k] where they are recorded and any query sees more than k; the experts
+        [layers, tokens, k] where they are recorded."""
         size, num_tokens = self.cache.page_size, len(ids)
         # Whole blocks of rows, as packing.ROW_MULTIPLE explains: filled up with sequences of one token each, on the scratch page.
         extra = round_up(num_tokens) - num_tokens if self.device.type == "cpu" else 0
@@ -97,6 +102,7 @@ class Forward:
 
         record = self.records and int(lengths.max()) > self.index_k
         out: dict[int, Any] | None = {} if record else None
+        chosen: dict[int, Tensor] | None = {} if self.expert_layers else None
         context = ForwardContext(
             mode=mode,
             positions=move(positions, np.int64),
@@ -107,6 +113,7 @@ class Forward:
             cache=self.cache,
             selector=self.selector,
             selection_out=out,
+            experts_out=chosen,
             max_seq_len=int(lengths.max()),
             fresh=mode == "prefill" and bool((np.diff(offsets) == lengths).all()),
             fused=self.fused,
@@ -114,13 +121,16 @@ class Forward:
         )
         hidden = hidden_states(self.model, move(ids, np.int64), context)
         hidden = hidden[:num_tokens]
+        routes = None
+        if chosen is not None:
+            routes = compact_experts(chosen, self.expert_layers, self.num_experts, num_tokens)
         if out is None:
-            return hidden, None
+            return hidden, None, routes
         assert tuple(sorted(out)) == self.layers, (
             f"selections of layers {sorted(out)} were recorded, want {self.layers}"
         )
         stacked = torch.stack([out[layer].indices[:num_tokens] for layer in self.layers])
-        return hidden, compact(stacked, self.context)
+        return hidden, compact(stacked, self.context), routes
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, C] -> [rows, V]."""

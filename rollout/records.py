@@ -1,4 +1,5 @@
-"""Index records: what the rollout attended to, compact enough to travel, and back into Selections for the learner's packed batch.
+"""Index records: what the rollout attended to, compact enough to travel, and back into Selections for the learner's packed batch; and the
+experts of its tokens, likewise.
 
 Row i of a record is the query at position `first + i`, with `first == k`: every earlier query sees at most k positions, so its set is
 the identity and costs nothing. 16 bits a position while positions stay below 65,535 (the padding value), 32 beyond.
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.selection import Selection, window_selection
-from winnow.rollout.schema import IndexRecord
+from winnow.rollout.schema import ExpertRecord, IndexRecord
 
 NARROW_LIMIT = int(np.iinfo(np.uint16).max)  # positions below this fit in 16 bits beside the padding value
 
@@ -105,6 +106,48 @@ def decode(
         start += length
     stacked, counted = torch.from_numpy(indices).to(device), torch.from_numpy(counts).to(device)
     return {layer: Selection(stacked[i], counted[i]) for i, layer in enumerate(layers)}
+
+
+def compact_experts(
+    chosen: Mapping[int, Tensor], layers: Sequence[int], num_experts: int, num_tokens: int
+) -> np.ndarray:
+    """int64 [tokens, k] per layer -> uint8 [layers, num_tokens, k], or uint16 with more than 256 experts."""
+    assert tuple(sorted(chosen)) == tuple(layers), f"experts of layers {sorted(chosen)} were recorded, want {layers}"
+    stacked = torch.stack([chosen[layer][:num_tokens] for layer in layers])
+    if num_experts <= 256:
+        return stacked.to(torch.uint8).cpu().numpy()
+    return stacked.to(torch.int16).cpu().numpy().view(np.uint16)
+
+
+def decode_experts(
+    records: Sequence[ExpertRecord | None], lengths: Sequence[int], device: torch.device | str = "cpu"
+) -> dict[int, Tensor]:
+    """Experts per layer, int64 [tokens, k], for a packed batch: sequence i brings `lengths[i]` inputs, from its position 0.
+
+    Raises ValueError when a record is missing, disagrees with the first about layers or k, or has a wrong number of rows.
+    """
+    first = records[0]
+    parts = []
+    for which, (record, length) in enumerate(zip(records, lengths, strict=True)):
+        if record is None or first is None:
+            raise ValueError(f"expert records: sequence {which if record is None else 0} has none")
+        if (record.layers, record.k) != (first.layers, first.k):
+            raise ValueError(
+                f"expert records: sequence {which} has {record.k} experts of layers {record.layers}; the first of this batch has {first.k} of "
+                f"layers {first.layers}: they come from different models"
+            )
+        if record.num_rows != length:
+            raise ValueError(f"expert records: sequence {which} has {record.num_rows} rows for {length} inputs")
+        parts.append(record.experts)
+    assert first is not None
+    stacked = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.int64)).to(device)
+    return dict(zip(first.layers, stacked, strict=True))
+
+
+def experts_differ(own: Mapping[int, Tensor], recorded: Mapping[int, Tensor]) -> tuple[int, int, int, int]:
+    """Tokens with other experts in any layer, tokens; (token, layer) pairs with other experts, pairs. Both ascending [tokens, k]."""
+    different = torch.stack([(own[layer] != recorded[layer]).any(-1) for layer in sorted(recorded)])  # [layers, tokens]
+    return int(different.any(0).sum()), different.shape[1], int(different.sum()), different.numel()
 
 
 def jaccard(a: Selection, b: Selection) -> Tensor:

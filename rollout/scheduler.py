@@ -15,9 +15,9 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from winnow.rollout.cache import OutOfPagesError, PagedCache
+from winnow.rollout.cache import OutOfPagesError, PagedCache, PageRecord
 from winnow.rollout.sampler import RowParams
-from winnow.rollout.sequence import Prompt, Sequence, Span
+from winnow.rollout.sequence import Prompt, RecordPart, Sequence, Span, recorded_rows
 
 
 class Slots:
@@ -68,9 +68,10 @@ class Scheduler:
         context: int,
         reuse: bool = False,  # look for published pages, and publish
         record_from: int | None = None,  # the first position whose index sets are recorded; None: none are
+        record_routes: bool = False,  # the experts of every position are
     ) -> None:
         self.cache, self.prefill_chunk = cache, prefill_chunk
-        self.reuse, self.record_from = reuse, record_from
+        self.reuse, self.record_from, self.record_routes = reuse, record_from, record_routes
         self.settle_records: Callable[[], None] = lambda: None  # returns once every recorded set has arrived
         self.draining = False
         self.reused_tokens = 0
@@ -112,9 +113,9 @@ class Scheduler:
         """Forgets a sequence in any state and takes its pages back. What it drew and recorded stays readable."""
         if sequence not in self.live:
             return
-        records = sequence.records
+        records, routes = sequence.records, sequence.routes
         self._evict(sequence)
-        sequence.records = records
+        sequence.records, sequence.routes = records, routes
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         parent = sequence.prompt
@@ -278,7 +279,7 @@ class Scheduler:
         if starved and not alone and parent.waiting > 1:
             self._requeue(sequence)
             return False
-        sequence.records, sequence.keys = list(parent.records), list(parent.keys)
+        sequence.records, sequence.routes, sequence.keys = list(parent.records), list(parent.routes), list(parent.keys)
         if parent.waiting == 1 or starved:
             sequence.pages, parent.pages = parent.pages, []
             if starved:
@@ -306,29 +307,38 @@ class Scheduler:
         keys = self.cache.extend_keys(span.keys, span.tokens, whole)
         span.pages, records = self.cache.match(keys[:whole])
         span.num_cached = len(span.pages) * self.cache.page_size
-        span.records = [(record, 0, record.shape[1]) for record in records]
+        span.records, span.routes = _parts(records, "records"), _parts(records, "routes")
         self.reused_tokens += span.num_cached
 
     def _publish(self, span: Span) -> None:
         """Publishes the full pages that `span` is about to leave or to share, with the records of their queries."""
         if not self.reuse:
             return
-        size, first = self.cache.page_size, self.record_from
+        size = self.cache.page_size
         keys = self.cache.extend_keys(span.keys, span.tokens, span.num_cached // size)
         new = [number for number in range(span.num_cached // size) if not self.cache.published(keys[number])]
-        recorded = [number for number in new if first is not None and (number + 1) * size > first]
-        if recorded:
+        noted: dict[int, dict[str, np.ndarray]] = {number: {} for number in new}
+        streams = [
+            ("records", span.records, self.record_from),
+            ("routes", span.routes, 0 if self.record_routes else None),
+        ]
+        for name, parts, first in streams:
+            recorded = [number for number in new if first is not None and (number + 1) * size > first]
+            if not recorded:
+                continue
+            assert first is not None
             self.settle_records()
-        bounds = [(max(0, number * size - (first or 0)), (number + 1) * size - (first or 0)) for number in recorded]
-        records = dict(zip(recorded, span.record_rows(bounds) if bounds else (), strict=True))
+            bounds = [(max(0, number * size - first), (number + 1) * size - first) for number in recorded]
+            for number, rows in zip(recorded, recorded_rows(parts, bounds), strict=True):
+                noted[number][name] = rows
         for number in new:
-            self.cache.publish(keys[number], span.pages[number], records.get(number))
+            self.cache.publish(keys[number], span.pages[number], noted[number])
 
     def _evict(self, sequence: Sequence) -> None:
         """Takes pages and slot away; a sequence whose turn was under way waits again."""
         self._publish(sequence)
         self.cache.free(sequence.pages)
-        sequence.pages, sequence.num_cached, sequence.records = [], 0, []
+        sequence.pages, sequence.num_cached, sequence.records, sequence.routes = [], 0, [], []
         if sequence.slot < 0:
             return
         for queue in (self.running, self._prefilling):
@@ -340,7 +350,7 @@ class Scheduler:
 
     def _evict_prompt(self, parent: Prompt) -> None:
         self.cache.free(parent.pages)
-        parent.pages, parent.num_cached, parent.records, parent.logits = [], 0, [], None
+        parent.pages, parent.num_cached, parent.records, parent.routes, parent.logits = [], 0, [], [], None
         if parent.starting and parent not in self._prefilling:
             self._prefilling.append(parent)
 
@@ -350,3 +360,8 @@ class Scheduler:
         if parent in self._prefilling:
             self._prefilling.remove(parent)
         self._prompts.pop(tuple(parent.tokens), None)
+
+
+def _parts(records: list[PageRecord], name: str) -> list[RecordPart]:
+    """One of the things that are recorded of pages, as a span keeps it."""
+    return [(record[name], 0, record[name].shape[1]) for record in records if name in record]

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from winnow.rollout.index_codec import pack_sets, unpack_sets
+from winnow.rollout.index_codec import pack_experts, pack_sets, unpack_experts, unpack_sets
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
 FINISH_REASONS = (
@@ -153,6 +153,53 @@ class IndexRecord:
         return self._packed.nbytes
 
 
+class ExpertRecord:
+    """The experts that the rollout sent each token to: what `learner.routing: replay` feeds to the learner. Packed from the start.
+
+    experts: uint8 (up to 256 experts) or uint16 [layers, rows, k], each row ascending. Row i belongs to the token at position i; the last
+    token of a trajectory was never an input and has no row. `layers[i]` names the model layer of slab i, one that has experts.
+    Reading `experts` unpacks them anew.
+    """
+
+    __slots__ = ("_dtype", "_packed", "_shape", "layers", "num_rows")
+
+    def __init__(self, *, layers: tuple[int, ...], experts: np.ndarray) -> None:
+        if experts.ndim != 3 or experts.shape[0] != len(layers) or experts.dtype not in (np.uint8, np.uint16):
+            raise ValueError(
+                f"expert record: experts are {experts.dtype} {experts.shape}, want uint8 or uint16 [{len(layers)} layers, rows, k]"
+            )
+        if (experts[..., 1:] <= experts[..., :-1]).any():
+            raise ValueError(
+                "expert record: a row is not ascending: every token goes to k different experts, named in order"
+            )
+        self.layers, self.num_rows, self._shape, self._dtype = (
+            layers,
+            experts.shape[1],
+            experts.shape,
+            experts.dtype.name,
+        )
+        self._packed = pack_experts(experts)
+
+    @property
+    def k(self) -> int:
+        return self._shape[2]
+
+    @property
+    def experts(self) -> np.ndarray:
+        return unpack_experts(self._packed, self._dtype, self._shape)[:, : self.num_rows]
+
+    def cut(self, num_rows: int) -> ExpertRecord:
+        """The record of the first `num_rows` tokens; the bytes are shared, not cut."""
+        other = copy(self)
+        other.num_rows = min(self.num_rows, num_rows)
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it travels with."""
+        return len(self._packed)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trajectory:
     """One sample of a task, from its first prompt token to its last generated one, over every turn. Tokens in, tokens out.
@@ -176,6 +223,7 @@ class Trajectory:
     temperature: float = 1.0
     kept_sets: KeptSets | None = None
     index_record: IndexRecord | None = None
+    expert_record: ExpertRecord | None = None
     environment_state: Mapping[str, Any] = field(default_factory=dict)  # what the environment leaves for the reward
 
     def __post_init__(self) -> None:
@@ -195,6 +243,11 @@ class Trajectory:
             raise ValueError(
                 f"trajectory {self.key}: the index record has {record.num_rows} rows from position {record.first}, "
                 f"want {max(0, len(self.tokens) - 1 - record.first)} for {len(self.tokens)} tokens"
+            )
+        routed = self.expert_record
+        if routed is not None and routed.num_rows != len(self.tokens) - 1:
+            raise ValueError(
+                f"trajectory {self.key}: the expert record has {routed.num_rows} rows, want {len(self.tokens) - 1} for {len(self.tokens)} tokens"
             )
 
     @property

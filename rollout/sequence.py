@@ -1,4 +1,5 @@
-"""What the engine knows about one sample while it lives: its tokens, its pages, what was drawn, and what its queries attended to."""
+"""What the engine knows about one sample while it lives: its tokens, its pages, what was drawn, what its queries attended to, and the
+experts that its tokens went through."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from winnow.rollout.schema import IndexRecord, KeptSets, Sampling
+from winnow.rollout.schema import ExpertRecord, IndexRecord, KeptSets, Sampling
 
 RecordPart = tuple[
     np.ndarray, int, int
-]  # (sets [layers, rows, k], first row, end row): a step's array is shared by all its sequences
+]  # (sets or experts [layers, rows, k], first row, end row): a step's array is shared by all its sequences
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -23,26 +24,28 @@ class Span:
     order: int  # age: a smaller number was added earlier and is preempted later
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
-    records: list[RecordPart] = field(default_factory=list)
+    records: list[RecordPart] = field(default_factory=list)  # index sets, of the queries from position k on
+    routes: list[RecordPart] = field(default_factory=list)  # experts, of every token in the cache
     keys: list[bytes] = field(default_factory=list)  # of its full pages, see PagedCache.extend_keys
 
     @property
     def num_missing(self) -> int:
         return len(self.tokens) - self.num_cached
 
-    def record_rows(self, bounds: Row[tuple[int, int]]) -> list[np.ndarray]:
-        """Copies [layers, rows, k] of the recorded rows start..end of each of the ascending `bounds`: no step's array is kept alive."""
-        ends = np.cumsum([end - start for _, start, end in self.records], dtype=np.int64)
-        copies = []
-        for low, high in bounds:
-            first, last = (int(np.searchsorted(ends, row, side="right")) for row in (low, high - 1))
-            assert last < len(ends), f"row {high - 1} was not recorded: there are {ends[-1] if len(ends) else 0}"
-            pieces = []
-            for (array, start, end), until in zip(self.records[first : last + 1], ends[first : last + 1], strict=True):
-                shift = start - (int(until) - (end - start))  # row 0 of this sequence, in the array
-                pieces.append(array[:, max(start, low + shift) : min(end, high + shift)])
-            copies.append(np.concatenate(pieces, axis=1))
-        return copies
+
+def recorded_rows(parts: Row[RecordPart], bounds: Row[tuple[int, int]]) -> list[np.ndarray]:
+    """Copies [layers, rows, k] of the recorded rows start..end of each of the ascending `bounds`: no step's array is kept alive."""
+    ends = np.cumsum([end - start for _, start, end in parts], dtype=np.int64)
+    copies = []
+    for low, high in bounds:
+        first, last = (int(np.searchsorted(ends, row, side="right")) for row in (low, high - 1))
+        assert last < len(ends), f"row {high - 1} was not recorded: there are {ends[-1] if len(ends) else 0}"
+        pieces = []
+        for (array, start, end), until in zip(parts[first : last + 1], ends[first : last + 1], strict=True):
+            shift = start - (int(until) - (end - start))  # row 0 of this sequence, in the array
+            pieces.append(array[:, max(start, low + shift) : min(end, high + shift)])
+        copies.append(np.concatenate(pieces, axis=1))
+    return copies
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -102,3 +105,9 @@ class Sequence(Span):
         indices = np.concatenate(parts, axis=1) if parts else np.zeros((len(layers), 0, k), dtype=dtype)
         assert indices.shape[1] == rows, f"{indices.shape[1]} recorded rows for {len(self.tokens)} tokens at k = {k}"
         return IndexRecord(first=k, k=k, layers=layers, indices=indices)
+
+    def expert_record(self, layers: tuple[int, ...]) -> ExpertRecord:
+        """The experts of every token but the last, which was never an input."""
+        experts = np.concatenate([array[:, start:end] for array, start, end in self.routes], axis=1)
+        assert experts.shape[1] == len(self.tokens) - 1, f"{experts.shape[1]} routed rows for {len(self.tokens)} tokens"
+        return ExpertRecord(layers=layers, experts=experts)

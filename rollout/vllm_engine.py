@@ -95,6 +95,7 @@ class VllmEngine(Engine):
         self.records = config.record_indices and indexer is not None and config.selector != "dense"
         self.record_dtype = np.uint16 if self.context <= NARROW_LIMIT else np.int32
         self.layers = tuple(range(described.num_hidden_layers))
+        self.expert_layers: tuple[int, ...] = ()  # nothing files the experts of vLLM's steps: replay of them is refused
         self._net.selector, self._net.record = config.selector, self.records
         self.cache = PagedCache(  # counts pages; the rows themselves are vLLM's
             num_layers=0, num_kv_heads=0, head_dim=0, num_pages=config.num_pages, page_size=config.page_size

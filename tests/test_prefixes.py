@@ -170,7 +170,7 @@ def test_sets_that_are_still_on_their_way_are_waited_for_before_a_page_takes_the
     again = {}
     recompute(engine.model, sequence.tokens, again)
     page = engine.cache._page_of[sequence.keys[7]]  # positions 28 to 31, the last of them just drawn
-    for layer, found in enumerate(engine.cache._records[page].astype(np.int32)):
+    for layer, found in enumerate(engine.cache._records[page]["records"].astype(np.int32)):
         assert found.tolist() == again[layer].indices[28:32].tolist()
 
 
@@ -181,7 +181,7 @@ def test_published_pages_of_the_cache():
     with pytest.raises(AssertionError, match="page 2 is not full"):
         cache.extend_keys(keys, [5, 6, 7, 8, 9], 3)
     pages = cache.allocate(2)
-    assert cache.publish(keys[0], pages[0]) and cache.publish(keys[1], pages[1], np.ones((1, 2, 1)))
+    assert cache.publish(keys[0], pages[0]) and cache.publish(keys[1], pages[1], {"records": np.ones((1, 2, 1))})
     cache.free(pages)
     assert cache.num_free == 3
     found, notes = cache.match(keys)
@@ -207,7 +207,7 @@ def test_records_of_published_pages_are_bounded():
         assert want.tokens == got.tokens
         left, right = (sets_of(tight, sequence) for sequence in (want, got))
         assert all(torch.equal(left[layer].indices, right[layer].indices) for layer in left)
-        held = sum(record.nbytes for record in tight.cache._records.values())
+        held = sum(array.nbytes for record in tight.cache._records.values() for array in record.values())
         assert held == tight.cache._record_bytes <= tight.cache._record_limit
     assert 0 < tight.stats["reused_tokens"] < roomy.stats["reused_tokens"] and tight.cache.num_free == 200
 
