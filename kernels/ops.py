@@ -46,7 +46,7 @@ def select_packed(
     """Causal top-k inside each packed sequence; rows at t < top_k get the identity 0..t.
 
     q [T, H_I, D_I], k [T, D_I], w [T, H_I] (all None for the floors); positions int64 [T], 0.. in every sequence; selector
-    "indexer", or a floor: "random" (a fixed hash of the two positions) or "recent" (the last top_k).
+    "indexer", a floor: "random" (a fixed hash of the two positions) or "recent" (the last top_k), or "random_ties" (selection.py).
     """
     if selector == "indexer" and gpu_ops.takes_index(q, k):
         assert q is not None and k is not None and w is not None

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SELECTORS = ("indexer", "random", "recent")  # the last two are floors: what a set chosen without looking is worth
+# random, recent: floors, what a set chosen without looking is worth. random_ties: the indexer with a top-k that is not deterministic
+SELECTORS = ("indexer", "random", "recent", "random_ties")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,21 @@ def hash_scores(positions: Tensor, num_keys: int) -> Tensor:
     for multiplier, shift in ((0x7FEB352D, 15), (0x846CA68B, 16)):  # xorshift-multiply rounds, kept inside 32 bits
         x = ((x ^ (x >> shift)) * multiplier) & 0xFFFFFFFF
     return ((x ^ (x >> 15)) & 0xFFFFFF).to(torch.float32) / float(1 << 24)
+
+
+def with_random_ties(scores: Tensor) -> Tensor:
+    """Scores whose order is that of fp32 `scores` in bfloat16, equal ones in random order: every call breaks ties, and near-ties, another way.
+
+    What a top-k in library order does to scores in 16 bits (ReLU makes many exact zeros): the cause of the collapse in GLM-5's report
+    (arXiv 2602.15763). float64: integers in the order of the rounded numbers, the 16 bits that rounding freed drawn from torch's default
+    generator, so that rollout and learner draw independently; NaN and infinities stay what they are.
+    """
+    rounded = scores.to(torch.bfloat16).float() + 0.0  # -0 and +0 are one plateau
+    bits = rounded.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    noise = torch.randint(0, 1 << 16, ordered.shape, dtype=torch.int32, device=scores.device)
+    drawn = (ordered & ~0xFFFF) | noise
+    return torch.where(torch.isfinite(rounded), drawn.double(), rounded.double())
 
 
 def exact_topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:

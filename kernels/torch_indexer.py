@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.packing import Batch, batches, gather_pages
-from winnow.kernels.selection import SELECTORS, Selection, exact_topk, hash_scores, window_selection
+from winnow.kernels.selection import SELECTORS, Selection, exact_topk, hash_scores, window_selection, with_random_ties
 from winnow.kernels.torch_attention import TILE_BUDGET, selected_mask
 
 Score = Callable[[int, int, int], Tensor]  # (first query, end query, keys) -> fp32 [N, queries, keys] of one batch
@@ -75,6 +75,10 @@ def _indexer_score(q: Tensor, k: Tensor, w: Tensor) -> Score:
     return score
 
 
+def _tied_score(score: Score) -> Score:
+    return lambda a, b, keys: with_random_ties(score(a, b, keys))
+
+
 def _check(top_k: int, selector: str) -> None:
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}: a query must keep at least one position; set top_k >= 1")
@@ -102,6 +106,8 @@ def select(
         else:
             assert q is not None and w is not None, "the indexer's selection needs its queries and weights"
             score = _indexer_score(batch.pad(q), keys_of(batch), batch.pad(w))
+            if selector == "random_ties":
+                score = _tied_score(score)
             _select_rows(batch, score, q.shape[1], top_k, selection)
     return selection
 
@@ -154,6 +160,8 @@ def decode_selection(
         assert q is not None and w is not None and index_cache is not None, "the indexer's selection needs its inputs"
         keys = gather_pages(index_cache, block_table, lengths, num_keys)
         scores = _weighted(_head_scores(q[:, None], keys), w[:, None])[:, 0]
+        if selector == "random_ties":
+            scores = with_random_ties(scores)
     return exact_topk(scores, lengths, top_k)
 
 

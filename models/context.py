@@ -22,7 +22,7 @@ from winnow.kernels import ops
 from winnow.kernels.selection import Selection
 
 MODES = ("train", "prefill", "decode")
-SELECTORS = ("indexer", "random", "recent", "dense")
+SELECTORS = ("indexer", "random", "recent", "dense", "random_ties")
 
 
 @dataclass
@@ -149,6 +149,11 @@ class ForwardContext:
             object.__setattr__(self, "fresh", bool((queries.to(self.seq_lens.device) == self.seq_lens).all()))
         if self.mode == "train" and not self.fresh:
             raise ValueError("a train context holds whole sequences: seq_lens must equal the lengths in cu_seqlens")
+
+    @property
+    def scores(self) -> bool:
+        """Whether sets are chosen by the indexers' scores."""
+        return self.selector in ("indexer", "random_ties")
 
 
 def train_context(lengths: list[int], device: torch.device | str = "cpu", **options: Any) -> ForwardContext:

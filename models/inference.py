@@ -69,7 +69,7 @@ def _normed(x: Tensor, residual: Tensor | None, norm: Any, wide: Tensor | None =
 
 def _reads_fp32(attention: Any, x: Tensor, ctx: ForwardContext) -> bool:
     """Whether an indexer, whose products are fp32, reads this layer's input of 16 bits."""
-    return x.element_size() < 4 and ctx.selector == "indexer" and getattr(attention, "indexer", None) is not None
+    return x.element_size() < 4 and ctx.scores and getattr(attention, "indexer", None) is not None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, ctx: ForwardContext) -> Tensor:
@@ -118,7 +118,7 @@ def _index(layer: Layer, dtype: torch.dtype, wide: Tensor, cos: Tensor, sin: Ten
     """The indexer's keys into the cache; with its queries and weights where this layer is about to choose. wide fp32 [T, C]; dtype: the
     model's own."""
     ctx = layer.ctx
-    if not layer.leads or ctx.selector != "indexer":
+    if not layer.leads or not ctx.scores:
         return
     assert layer.served is not None
     indexer, choosing = layer.served.indexer, layer.sparse

@@ -65,7 +65,7 @@ class Layer:
 
     def scored(self) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
         """q, k, w for the selection, without gradient; nothing for the floors."""
-        if self.ctx.selector != "indexer":
+        if not self.ctx.scores:
             return None, None, None
         q, k, w = self.project()
         return q.detach(), k.detach(), w.detach()
@@ -100,7 +100,7 @@ class Layer:
         q, k, w = self.scored()
         if ctx.mode == "train" or (ctx.mode == "prefill" and ctx.fresh):
             return ops.select_packed(q, k, w, ctx.cu_seqlens, ctx.positions, top_k, ctx.selector)
-        pages = ctx.cache.index[self.index] if ctx.selector == "indexer" else None
+        pages = ctx.cache.index[self.index] if ctx.scores else None
         if ctx.mode == "decode":
             waiting = (ctx.scratch, ctx.faults)
             return ops.select_paged(q, pages, w, ctx.block_table, ctx.seq_lens, top_k, ctx.selector, *waiting)
@@ -141,7 +141,7 @@ class Layer:
 
     def write_keys(self) -> None:
         """Prefill and decode: this layer's indexer keys into the cache; later tokens will need them even where this one does not."""
-        if not self.leads or self.ctx.selector != "indexer":
+        if not self.leads or not self.ctx.scores:
             return
         assert self.served is not None
         keys = self.project()[1] if self.sparse else self.served.indexer.keys(*self.served.inputs)

@@ -193,7 +193,9 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
-    bench.add_argument("what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory"))
+    bench.add_argument(
+        "what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "ablation")
+    )
     bench.add_argument(
         "--model",
         help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
@@ -204,12 +206,12 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="kernels: these rows, or all whose names contain a word, e.g. mla topk; step: ours, trl",
+        help="kernels: these rows, or all whose names contain a word, e.g. mla topk; step: ours, trl; ablation: these variants",
     )
     bench.add_argument(
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
     )
-    bench.add_argument("--out", help="a file for the same JSON")
+    bench.add_argument("--out", help="a file for the same JSON; ablation: a folder")
     bench.add_argument("--device", default="cpu", help="cost, warmup, memory: where to measure (cpu)")
     bench.add_argument("--layers", type=positive, help="cost, memory: cut the shape to so many layers")
     bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory, rollout: contexts in tokens")
@@ -228,9 +230,16 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
     bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
     bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
-    bench.add_argument("--steps", type=positive, default=10, help="step: steps to run (10)")
+    bench.add_argument("--steps", type=positive, help="step: steps to run (10); ablation: of each run (the config's)")
     bench.add_argument("--wall", type=positive, help="step: end a run so many seconds after its first step")
     bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
+    bench.add_argument("--config", help="ablation: the run whose variants are compared, a YAML file or a shipped one")
+    bench.add_argument("--seeds", type=count, nargs="+", default=[0, 1], help="ablation: of each variant (0 1)")
+    bench.add_argument("--parallel", type=positive, default=1, help="ablation: runs at a time on the device (1)")
+    bench.add_argument(
+        "--limit-s", type=positive, default=36000, metavar="S", help="ablation: end and evaluate what still runs then"
+    )
+    bench.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation: overrides of the config")
     bench.add_argument(
         "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
     )

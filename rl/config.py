@@ -148,8 +148,8 @@ class IndexerConfig:
     train: str = choice("frozen", "frozen", "kl")
     selection: str = choice("own", "own", "replay")
     selector: str = choice(
-        "indexer", "indexer", "random", "recent", "dense"
-    )  # what selects, on both sides; all but the first: ablations
+        "indexer", "indexer", "random", "recent", "dense", "random_ties"
+    )  # what selects, on both sides; all but the first: ablations. random_ties: a top-k that breaks ties of 16-bit scores at random
     lr: float = number(1e-4, low=0)
     min_overlap: float = number(0.0, low=0, high=1)  # index/jaccard below this stops the run
 
@@ -157,12 +157,20 @@ class IndexerConfig:
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     kind: str = choice("sync", "sync", "one_step_off", "async")  # whether the rollout runs ahead of the learner
+    sync_every: int = number(
+        1, low=1
+    )  # sync: steps from one weight update of the rollout to the next; above 1: an ablation
     max_staleness: int = number(4, low=1)  # async: how many versions behind a token may be when it is trained
     steps: int = number(20, low=1)
     save_every: int = number(10, low=0)  # 0: only at the end
-    keep: int = number(2, low=1)  # the newest checkpoints
+    keep: int = number(2, low=0)  # the newest checkpoints; 0: none is ever written, and the run cannot be resumed
     keep_best: bool = True  # and the best one by held-out reward, saved when an evaluation finds it
     eval_every: int = number(0, low=0)  # 0: never
+
+    def pushes(self, step: int) -> bool:
+        """Whether the rollout gets the weights of this step: every `sync_every` steps, for an evaluation, and at the end."""
+        due = bool(self.eval_every) and step % self.eval_every == 0
+        return due or step % self.sync_every == 0 or step == self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +307,11 @@ def check(config: Config) -> Config:
         raise ConfigError(
             "indexer.selection is replay, but rollout.record_indices is false: set it to true, or selection to own"
         )
+    if config.indexer.selection == "replay" and config.indexer.selector == "random_ties":
+        raise ConfigError(
+            "indexer.selector is random_ties, which measures what sets that differ between rollout and learner do, and with "
+            "indexer.selection replay they cannot differ: set selection to own, or selector to indexer"
+        )
     if config.rollout.engine == "vllm":
         try:
             check_version(installed_version())
@@ -356,9 +369,17 @@ def _check_routing(config: Config) -> None:
 
 def _check_schedule(config: Config) -> None:
     """A rollout that runs ahead needs probabilities of its own time, and sets of its own time."""
-    if config.schedule.kind != "sync" and config.algorithm.recompute_old and config.algorithm.correction == "none":
+    schedule = config.schedule
+    if schedule.kind != "sync" and schedule.sync_every > 1:
         raise ConfigError(
-            f"schedule.kind is {config.schedule.kind}, but with algorithm.recompute_old and correction none nothing corrects for samples "
+            f"schedule.sync_every is {schedule.sync_every}, but schedule.kind {schedule.kind} has a staleness of its own: set sync_every "
+            "to 1, or kind to sync"
+        )
+    late = schedule.kind != "sync" or schedule.sync_every > 1
+    if late and config.algorithm.recompute_old and config.algorithm.correction == "none":
+        name = f"sync_every is {schedule.sync_every}" if schedule.kind == "sync" else f"kind is {schedule.kind}"
+        raise ConfigError(
+            f"schedule.{name}, but with algorithm.recompute_old and correction none nothing corrects for samples "
             "of older weights: set recompute_old to false (the ratio then is to the rollout), or correction to tis or icepop"
         )
 

@@ -92,6 +92,8 @@ class Run:
     def save_due(self) -> bool:
         """Whether the last finished step wants a checkpoint: every `save_every` steps, and for a new best of the held-out tasks."""
         schedule = self.config.schedule
+        if not schedule.keep:
+            return False
         if schedule.save_every and self.step % schedule.save_every == 0:
             return True
         return schedule.keep_best and self.held_out is not None and self.held_out > self._best_held_out()
@@ -106,7 +108,7 @@ class Run:
 
     def save(self, learner: Any, rollouts: Any = None) -> None:
         """A checkpoint of the last finished step, with what `rollouts` has in flight, unless there is one."""
-        if self.step and self.saved != self.step:
+        if self.step and self.saved != self.step and self.config.schedule.keep:
             meta = {"config": config_hash(self.config), "seed": self.config.seed}
             if self.config.schedule.keep_best and self.held_out is not None:
                 meta["held_out"] = self.held_out

@@ -3,7 +3,7 @@
     take(step):  send the requests of every step up to step + lead  ->  wait for the groups of `step`  ->  check their versions
 
 When step s is taken the pool has the weights of step s-1, and the requests of s + lead go out: they are trained when version
-s + lead - 1 is the newest, so no token is more than `lead` versions behind. The pool serves the oldest requests first; weights pushed
+s + lead - 1 is the newest, so no token is more than `lead` versions behind (sync: sync_every - 1). The pool serves the oldest requests first; weights pushed
 while a sequence is under way are used from its next token on, and each token keeps the version it was drawn with.
 
 What is under way belongs to a checkpoint: the groups of later steps that are finished are kept in it and trained by the resumed run as
@@ -60,6 +60,11 @@ class Rollouts:
     def lead(self) -> int:
         return lead_of(self.schedule)
 
+    @property
+    def bound(self) -> int:
+        """How many versions behind a token may be when it is trained: `lead`, or what `sync_every` leaves between two updates."""
+        return self.lead + self.schedule.sync_every - 1
+
     def take(self, step: int, pool: Any) -> list[Group]:
         """The groups of `step` from the pool in the order of their requests, whatever the order of arrival. RuntimeError for a token that is too old."""
         for ahead in range(max(step, self._next), min(step + self.lead, self.schedule.steps) + 1):
@@ -111,10 +116,10 @@ class Rollouts:
         for group in groups:
             for trajectory in group.trajectories:
                 drawn = trajectory.policy_versions[trajectory.loss_mask]
-                if len(drawn) and version - int(drawn.min()) > self.lead:
+                if len(drawn) and version - int(drawn.min()) > self.bound:
                     raise RuntimeError(
                         f"{trajectory.key} has tokens of version {int(drawn.min())}, {version - int(drawn.min())} behind version "
-                        f"{version} that is trained, and the schedule allows {self.lead}: the pool did not take the weights pushed to it"
+                        f"{version} that is trained, and the schedule allows {self.bound}: the pool did not take the weights pushed to it"
                     )
 
 

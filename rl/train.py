@@ -87,7 +87,8 @@ def learn(
         )  # fmt: skip
         report = cluster.learner.step(batch)
     with watch("sync"):
-        cluster.pool.push_weights(cluster.learner.weights(step), step)
+        if config.schedule.pushes(step):
+            cluster.pool.push_weights(cluster.learner.weights(step), step)
     return {
         **group_metrics(groups, step - 1),
         **dynamic,

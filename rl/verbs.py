@@ -224,6 +224,8 @@ def bench(arguments: argparse.Namespace) -> None:
     from winnow.rl.bench import measure
     from winnow.rl.bench_models import measure_models
 
+    if arguments.what == "ablation":
+        return ablation(arguments)
     timed = not arguments.check
     if arguments.what in ("step", "learner"):
         figures = bench_training(arguments)
@@ -263,6 +265,17 @@ def bench(arguments: argparse.Namespace) -> None:
         raise RuntimeError(f"{len(wrong)} kernels are wrong and were not timed, the first: {wrong[0]}")
 
 
+def ablation(arguments: argparse.Namespace) -> None:
+    """`bench ablation`: the table on standard output; RuntimeError when a run failed, once all others are done."""
+    from winnow.rl.bench_ablation import bench_ablation
+
+    result = bench_ablation(arguments, say)
+    print((Path(arguments.out) / "table.md").read_text(), end="")
+    failed = [f"{name}: {run['why']}" for name, run in result["runs"].items() if run["status"] == "failed"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(result['runs'])} runs failed: {'; '.join(failed)}")
+
+
 def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
     """`bench step` and `bench learner`."""
     import torch
@@ -278,7 +291,7 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
     from winnow.rl.bench_step import StepBench, as_rows, bench_step
 
     bench = StepBench(
-        model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens, steps=a.steps,
+        model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens, steps=a.steps or 10,
         wall=a.wall, seed=a.seed,
     )  # fmt: skip
     figures = bench_step(bench, a.peers, a.only or (), say)

@@ -42,7 +42,7 @@ def config(tmp_path: Path, model: Path) -> Path:
 BAD = [
     (
         "train nowhere.yaml",
-        "config file nowhere.yaml does not exist, and the shipped configs are agent, agent_thinking, alignment",
+        "config file nowhere.yaml does not exist, and the shipped configs are ablation, agent, agent_thinking",
     ),
     ("train demo", "is the config of a pipeline (it has 'run'): winnow pipeline "),
     ("pipeline train", "is the config of one run (it has 'domains'): winnow train "),
