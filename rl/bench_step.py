@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,6 +83,10 @@ def bench_step(
     return figures
 
 
+class _Over(Exception):
+    """The wall time has passed."""
+
+
 def ours(bench: StepBench, model: str, scratch: Path, progress: Callable[[str], object]) -> dict[str, Any]:
     from winnow.rl.train import train
 
@@ -92,10 +97,11 @@ def ours(bench: StepBench, model: str, scratch: Path, progress: Callable[[str], 
             ends.append(seconds_alive())
             progress(f"ours: {ends[-1]:.2f} s after the start, {text}")
             if bench.wall and ends[-1] - ends[0] >= bench.wall:
-                raise KeyboardInterrupt  # as a user ends a run
+                raise _Over
 
     config = step_config(bench, model, scratch)
-    train(config, progress=ended)
+    with suppress(_Over):  # without the checkpoint that a run ends with
+        train(config, progress=ended)
     rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     counted = [row for row in rows if row["step"] > WARM_UP] or rows
     stages = [name for name in rows[0] if name.startswith("time/")]
