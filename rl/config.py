@@ -484,14 +484,22 @@ def _override(raw: Any, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form key=value, e.g. learner.lr=1e-5")
     parts = key.split(".")
-    if parts[0] == "domains" and len(parts) > 1 and not parts[1].isdigit():
-        names = [domain.get("name") for domain in raw.get("domains") or []]
-        if parts[1] not in names:
-            raise ConfigError(f"override {override!r}: no domain is called {parts[1]!r}; the config has {names}")
-        parts[1] = str(names.index(parts[1]))
-    if parts[0] == "domains" and len(parts) > 1 and int(parts[1]) >= len(raw.get("domains") or []):
-        raise ConfigError(f"override {override!r}: there are {len(raw.get('domains') or [])} domains, numbered from 0")
+    if "domains" in parts[:-1]:  # also in a pipeline's sections: run.domains, mixed.domains
+        at = parts.index("domains")
+        parts[at + 1] = _domain_number(OmegaConf.select(raw, ".".join(parts[: at + 1])) or [], parts[at + 1], override)
     try:
         OmegaConf.update(raw, ".".join(parts), yaml.safe_load(text), merge=True)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+
+
+def _domain_number(domains: Any, which: str, override: str) -> str:
+    """The number of the domain that an override names, or its own number."""
+    names = [domain.get("name") for domain in domains]
+    if which.isdigit():
+        if int(which) >= len(names):
+            raise ConfigError(f"override {override!r}: there are {len(names)} domains, numbered from 0")
+        return which
+    if which not in names:
+        raise ConfigError(f"override {override!r}: no domain is called {which!r}; the config has {names}")
+    return str(names.index(which))

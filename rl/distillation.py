@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -134,11 +135,11 @@ def train_student(
     """The student's folder and its curves, from the model that `cluster` holds, by `options.method`.
 
     sft: on the rows of `files` and `options.rows`. on_policy: `teachers` (domain -> model folder) score its own samples. both: one, then
-    the other; on_policy begins no step after `seconds`. The model is written to `folder`, losses.json (and on_policy.jsonl) beside it.
+    the other. Neither begins an update after `seconds`. The model is written to `folder`, losses.json (and on_policy.jsonl) beside it.
     """
     result: dict[str, Any] = {"model": str(folder)}
     if options.method != "on_policy":
-        result |= fine_tune(config, options, cluster, [*files, *options.rows], progress)
+        result |= fine_tune(config, options, cluster, [*files, *options.rows], progress, seconds)
         (folder.parent / "losses.json").parent.mkdir(parents=True, exist_ok=True)
         (folder.parent / "losses.json").write_text(json.dumps(result["losses"]))
         cluster.learner.save(folder if options.method == "sft" else folder.parent / "sft", state=False)
@@ -155,9 +156,15 @@ def train_student(
 
 
 def fine_tune(
-    config: Config, options: StudentConfig, cluster: Cluster, files: Sequence[str | Path], progress: Say
+    config: Config,
+    options: StudentConfig,
+    cluster: Cluster,
+    files: Sequence[str | Path],
+    progress: Say,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Supervised fine-tuning with the sparse forward: loss on the replies. Raises ValueError for rows of another tokenizer."""
+    """Supervised fine-tuning with the sparse forward: loss on the replies, no update after `seconds` but the first. Raises ValueError
+    for rows of another tokenizer."""
     tokenizer = load_tokenizer(config.model.path)
     template = TrainingTemplate(tokenizer)
     rows = [row for file in files for row in rows_of(file, tokenizer_hash(tokenizer), config.model.path)]
@@ -167,8 +174,12 @@ def fine_tune(
     counts = ", ".join(f"{domain} {count}" for domain, count in domain_counts(examples).items())
     progress(f"{len(examples)} examples ({counts}), {options.epochs} epochs")
     losses: list[float] = []
+    begin = time.monotonic()
     for epoch in range(options.epochs):
         for batch in batches(examples, options.batch_tokens, config.seed, epoch):
+            if losses and seconds is not None and time.monotonic() - begin > seconds:
+                progress(f"its {seconds:.0f} s are over in epoch {epoch + 1}, after {len(losses)} updates")
+                return {"losses": losses, "examples": len(examples), "too_long": too_long}
             report = cluster.learner.sft_step(batch, len(losses) + 1)
             losses.append(float(report.metrics["loss/ce"]))
         progress(f"epoch {epoch + 1}/{options.epochs}  loss {losses[-1]:.4f}")

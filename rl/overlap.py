@@ -109,7 +109,7 @@ class Lanes:
     def _start(self, config: Config) -> int:
         number = self._count
         name = f"lane {number + 1}: " if self.width > 1 else ""
-        self._say(f"{name}starting Ray, the learner and the rollout workers")
+        self._say(f"{name}starting the learner and the rollout workers")
         stack = ExitStack()
         cluster = stack.enter_context(self._connect(config))
         with self._changed:

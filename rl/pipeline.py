@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from winnow.rl.budget import Budget, least
 from winnow.rl.cluster import Cluster, LearnerDied, connect, has_room, ray_session, worker_spec
 from winnow.rl.config import Config, config_hash, to_yaml
 from winnow.rl.forgetting import forgetting
@@ -59,6 +60,7 @@ class Pipeline:
         self._start = time.monotonic()
         self._exits, self._has_session = ExitStack(), config.parallel == 1  # one lane brings its own
         self._stopping = threading.Event()
+        self._share: Callable[[str], float | None] = lambda stage: None  # seconds that a stage may take
         self._lanes = Lanes(config.parallel, self._open, room, self.say)
         cluster, workers = config.run.get("cluster", {}), config.run.get("rollout", {}).get("workers", 1)
         gpus = float(cluster.get("learner_gpus", 0)) + workers * float(cluster.get("worker_gpus", 0))
@@ -100,6 +102,8 @@ class Pipeline:
             self._check_bases(sparse)
         done: dict[str, Any] = {}
         jobs = self._jobs(sparse, done)
+        budget = Budget(self.config.seconds, [job.name for job in jobs], len(self.config.domains), self._start)
+        self._share = lambda stage: budget.share(stage, done)
         with Interrupts() if self.config.parallel > 1 else nullcontext():
             run_jobs(jobs, self.config.parallel, done, self._stop, self._lanes.close)
         models = {"base": sparse} | {job.name: done[job.name] for job in jobs if is_model(job.name)}
@@ -212,9 +216,11 @@ class Pipeline:
         mixed = self.manifest.spent("mixed")
         ratio = 1 + self.manifest.spent("specialist-", "data-", "student") / max(mixed, 0.1)
         schedule = dataclasses.replace(config.schedule, steps=max(1, round(ratio * config.schedule.steps)))
-        return self._run(dataclasses.replace(config, name="mixed-from-base", schedule=schedule), model)
+        seconds = self.manifest.spent("specialist-", "data-", "student", "mixed") / (self.manifest.gpus or 1.0)
+        return self._run(dataclasses.replace(config, name="mixed-from-base", schedule=schedule), model, seconds)
 
-    def _run(self, config: Config, model: str) -> str:
+    def _run(self, config: Config, model: str, seconds: float | None = None) -> str:
+        """An RL run of at most `seconds`, and of its share of the pipeline's."""
         from winnow.rl.train import train
 
         name = config.name
@@ -223,15 +229,19 @@ class Pipeline:
             resumed = resumable(config)
             if config.folder.exists() and not resumed:
                 shutil.rmtree(config.folder)
-            self.say(f"{name}: {'resuming' if resumed else 'training'}, {config.schedule.steps} steps")
+            limit = least(seconds, self._share(name))
+            within = "" if limit is None else f" within {limit:.0f} s"
+            self.say(f"{name}: {'resuming' if resumed else 'training'}, {config.schedule.steps} steps{within}")
             again = dataclasses.replace(config, resume=resumed)
-            return train(again, cluster=cluster, progress=lambda t: self.say(f"{name}: {t}"))
+            return train(again, cluster=cluster, progress=lambda t: self.say(f"{name}: {t}"), seconds=limit)
 
         def make() -> dict[str, Any]:
             result = self._on_a_cluster(config, attempt, started=False)
             if result["status"] != "done":
                 raise KeyboardInterrupt
-            return {"model": result["checkpoint"], "run": result["run"], "domains": result["domains"]}
+            return {
+                "model": result["checkpoint"], "run": result["run"], "domains": result["domains"], "steps": result["step"]
+            }  # fmt: skip
 
         inputs = {"config": config_hash(config), "model": self._identity(model)}
         return str(self.manifest.stage(name, inputs, make)["model"])
@@ -275,10 +285,11 @@ class Pipeline:
             from winnow.rl.distillation import train_student
 
             folder = self.folder / name / "model"
+            limit = least(seconds, self._share(name))
             return self._on_a_cluster(
                 config,
                 lambda cluster: train_student(
-                    config, options, cluster, rows, folder, lambda t: self.say(f"{name}: {t}"), teachers, seconds
+                    config, options, cluster, rows, folder, lambda t: self.say(f"{name}: {t}"), teachers, limit
                 ),
             )
 

@@ -60,6 +60,9 @@ class PipelineConfig:
     seed: int = number(0, low=0)
     runs_dir: str = "runs"
     stages: list = field(default_factory=lambda: list(STAGES))
+    seconds: float | None = number(
+        None, low=0, open_low=True
+    )  # for everything: stages that train end early, so that evaluation is made in time; not part of what a stage was made from
     model: str = ""  # a model folder or spec; empty: the base stage trains a small one from scratch
     base_model: dict = field(default_factory=dict)  # rl/base.py's options
     convert: dict = field(default_factory=dict)  # rl/convert.py's options

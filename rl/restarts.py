@@ -14,6 +14,7 @@ from winnow.rl.cluster import Cluster, LearnerDied
 from winnow.rl.config import Config
 
 Train = Callable[..., dict[str, Any]]
+Say = Callable[[str], object]
 
 
 def restarted(train: Train) -> Train:
@@ -21,11 +22,11 @@ def restarted(train: Train) -> Train:
 
     @functools.wraps(train)
     def run(
-        config: Config, cluster: Cluster | None = None, progress: Callable[[str], object] = print
+        config: Config, cluster: Cluster | None = None, progress: Say = print, seconds: float | None = None
     ) -> dict[str, Any]:
         for left in reversed(range(config.learner.restarts + 1)):
             try:
-                return train(config, cluster, progress)
+                return train(config, cluster, progress, seconds)
             except LearnerDied as death:
                 if not left:
                     raise

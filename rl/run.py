@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +28,7 @@ class Run:
         self.folder = config.folder
         self.step = self.saved = step  # the last finished step; the last one with a checkpoint
         self.checkpoint = checkpoint
-        self.status = "done"
+        self.status, self._begin = "done", time.monotonic()
         self.result: dict[str, Any] = {}
         self._held_out: tuple[int, float] | None = None  # the last evaluated step and its mean held-out reward
         self._pending: tuple[int, dict[str, float]] | None = None
@@ -78,6 +78,13 @@ class Run:
         temporary = self.folder / ".result.json"
         temporary.write_text(json.dumps(self.result, indent=1, default=_plain))
         temporary.replace(self.folder / "result.json")
+
+    def steps(self, seconds: float | None = None) -> Iterator[int]:
+        """The steps that are left. None begins more than `seconds` after the run was opened, but for the run's first."""
+        for step in range(self.step + 1, self.config.schedule.steps + 1):
+            if self.step and seconds is not None and time.monotonic() - self._begin > seconds:
+                return
+            yield step
 
     @property
     def checkpoints(self) -> Path:

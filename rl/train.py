@@ -6,13 +6,11 @@
             |                           |                                                                           v
         next step <── log, evaluate, save <── StepReport <───────────────── Learner.step <──────────────────── TrainBatch
 
-The schedule says how far rollouts run ahead (schedule.py; sync: not at all). Nobody waits without a bound. Ctrl-C stops a rollout at
-once and an update after it; the run is saved either way, and `resume=true` continues it.
+The schedule says how far rollouts run ahead (schedule.py). Every wait is bounded. Ctrl-C saves the run, `resume=true` continues it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,7 +25,7 @@ from winnow.rl.grading import grade_groups, held_out_metrics, prepared_tasks
 from winnow.rl.holdout import holdout_metrics
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.metrics import group_metrics, speed_metrics
-from winnow.rl.restarts import restarted
+from winnow.rl.restarts import Say, restarted
 from winnow.rl.run import Run, Stopwatch
 from winnow.rl.sampler import TaskSampler
 from winnow.rl.schedule import Rollouts, read_in_flight
@@ -35,8 +33,10 @@ from winnow.rollout.schema import Group
 
 
 @restarted
-def train(config: Config, cluster: Cluster | None = None, progress: Callable[[str], object] = print) -> dict[str, Any]:
-    """Runs the config to its last step: what result.json holds. `cluster` lends running processes, else they are started and ended here."""
+def train(
+    config: Config, cluster: Cluster | None = None, progress: Say = print, seconds: float | None = None
+) -> dict[str, Any]:
+    """Runs the config, at most for `seconds`: what result.json holds. `cluster` lends running processes, else they are started here."""
     sampler = TaskSampler(prepared_tasks(config, progress), config)
     start = read_latest(config.folder / "checkpoints") if config.resume else None
     run = Run(config, start.step if start else 0, start.path if start else None)
@@ -48,7 +48,7 @@ def train(config: Config, cluster: Cluster | None = None, progress: Callable[[st
             if config.schedule.eval_every and run.step == 0:  # what the run starts from
                 run.log(0, holdout_metrics(config, cluster.pool.generate, 0))
                 progress(run.flush())
-            for step in range(run.step + 1, config.schedule.steps + 1):
+            for step in run.steps(seconds):
                 watch = Stopwatch()
                 with watch("rollout"):
                     groups = rollouts.take(step, cluster.pool)
