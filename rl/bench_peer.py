@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,37 +31,42 @@ def vllm_rows(
                     "config": {**config[1], **({} if whole else VOCAB.get(shape, {}))}, "steps": STEPS, "folder": scratch}  # fmt: skip
             Path(scratch, "plan.json").write_text(json.dumps(plan))
             command = [sys.executable, "-m", "winnow.rl.bench_vllm", str(Path(scratch, "plan.json"))]
-            with open(Path(scratch, "log"), "w") as log:
-                process = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-                )
-                deadline = time.monotonic() + VLLM_S
-                try:
-                    _read_rows(process, deadline, note)
-                finally:
-                    _end(process)
-            if process.returncode:
-                tail = Path(scratch, "log").read_text()[-1500:]
-                note({"engine": "vllm", "row": part, "failed": f"exit code {process.returncode}: {tail}"})
+            failed = read_peer(command, Path(scratch, "log"), VLLM_S, note)
+            if failed:
+                note({"engine": "vllm", "row": part, "failed": failed})
 
 
-def _read_rows(process: subprocess.Popen[str], deadline: float, note: Note) -> None:
-    assert process.stdout is not None
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
-    timer.start()
-    try:
-        for line in process.stdout:
-            if line.startswith("ROW "):
-                note({"engine": "vllm", **json.loads(line[4:])})
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        pass  # `_end` names and ends it
-    finally:
-        timer.cancel()
+def read_peer(command: Sequence[str], log: Path, seconds: float, note: Note) -> str | None:
+    """Notes the `ROW` lines of a process until its line `END`, and ends it with all that it started. Returns why it did not come so far.
+
+    END is waited for, not the end of its output: an engine's process inherits that, and outlives the one that started it.
+    """
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            _kill(process)
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("ROW "):
+                    note({"engine": "vllm", **json.loads(line[4:])})
+                elif line.strip() == "END":
+                    return None
+        finally:
+            timer.cancel()
+            _kill(process)
+            process.wait(timeout=30)
+    why = f"stopped after {seconds:g} s" if late.is_set() else f"exit code {process.returncode}"
+    return f"{why}: {log.read_text()[-1500:]}"
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends the process and those that it started: it leads a session of its own."""
+def _kill(process: subprocess.Popen[str]) -> None:
+    """The process and those that it started: it leads a session of its own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)

@@ -110,8 +110,11 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         return rows
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MLAAttentionSpec:
+        """model_version tells caches of different widths apart: vLLM 0.24 compares it, and not head_size, before it gives all layers one shape."""
         block_size = vllm_config.cache_config.block_size
-        return MLAAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=self.width, dtype=self.dtype)
+        return MLAAttentionSpec(
+            block_size=block_size, num_kv_heads=1, head_size=self.width, dtype=self.dtype, model_version=f"winnow {self.width}"
+        )  # fmt: skip
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return WinnowBackend

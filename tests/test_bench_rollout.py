@@ -1,6 +1,9 @@
 """`winnow bench rollout --lengths`: every row names what was timed, and the figures fit together."""
 
 import json
+import sys
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from winnow.rl import bench_parity
 from winnow.rl.bench_models import random_model
+from winnow.rl.bench_peer import read_peer
 from winnow.rl.bench_suite import ratios
 from winnow.rl.cli import main
 
@@ -105,3 +109,46 @@ def test_parts_about_trained_models_want_a_folder_and_a_text(capsys, tmp_path):
     assert "is about a trained model: --model 'tiny' is no folder" in capsys.readouterr().err
     assert main(["bench", "rollout", "--model", str(tmp_path), "--suite", "records"]) == 1
     assert "set --text FILE" in capsys.readouterr().err
+
+
+ORPHAN = """
+import json, os, sys, time
+child = os.fork()
+if child == 0:
+    time.sleep(60)  # an engine's process: it keeps the output open
+print("ROW", json.dumps({"row": "a", "pid": child}), flush=True)
+print("a line of its log", flush=True)
+print("ROW", json.dumps({"row": "b"}), flush=True)
+how = sys.argv[1]
+if how == "END":
+    print("END", flush=True)
+if how == "dies":
+    os.kill(child, 9)
+    raise SystemExit("out of memory")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("END", None), ("dies", "exit code 1: out of memory"), ("silent", "stopped after 2 s")]
+)
+def test_a_peer_is_read_to_its_end_and_leaves_nothing_behind(tmp_path, how, why):
+    """Its child outlives it with the output in its hands: neither do we wait for that, nor does it stay."""
+    rows: list[dict[str, Any]] = []
+    begin = time.monotonic()
+    found = read_peer([sys.executable, "-c", ORPHAN, how], tmp_path / "log", 2 if how == "silent" else 50, rows.append)
+    assert time.monotonic() - begin < 20
+    assert (found or "").startswith(why or "") and (found is None) == (why is None)
+    assert [row["row"] for row in rows] == ["a", "b"]
+    deadline = time.monotonic() + 10
+    while _alive(rows[0]["pid"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(rows[0]["pid"])
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"  # nobody may be there to bury it
+    except FileNotFoundError:
+        return False
