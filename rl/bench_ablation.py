@@ -255,12 +255,14 @@ def run_one(plan: Path, share: float, go: Path | None) -> None:
     """The body of one process: wait for the first run, train, evaluate. TimeoutError when the first run never takes a step."""
     import torch
 
+    from winnow.models.load import load_tokenizer
     from winnow.rl.config import load_config
     from winnow.rl.here import here
     from winnow.rl.holdout import holdout_metrics
     from winnow.rl.train import train
 
     config = load_config(plan)
+    load_tokenizer(config.model.path)  # its libraries too are imported before the wait
     end = time.monotonic() + FIRST_STEP_S
     while go is not None and not go.exists():
         if time.monotonic() > end:

@@ -18,7 +18,8 @@ from winnow.models.load import save
 from winnow.rewards.demonstrations import pretraining_texts
 from winnow.rewards.language import NAMES
 from winnow.rl import bench_ablation
-from winnow.rl.ablation_table import as_markdown, write_table
+from winnow.rl.ablation_page import as_markdown
+from winnow.rl.ablation_table import write_table
 from winnow.rl.base import BaseOptions, make_model, make_tokenizer
 from winnow.rl.bench_ablation import FINAL, Ablation, Running
 from winnow.rl.cli import main
@@ -265,6 +266,9 @@ def test_figures_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert found["figures"]["tis-s0"]["length_over_k"] == {"k": 10, "min": 7.0, "median": 7.1}
     assert found["by_length"]["tis"] == {"2": [8, 0.75]}, "the failed samples count nowhere"
+    curves = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    assert len(curves) == 6 and curves[0]["run"] == "deterministic-s0" and curves[0]["reward"][0] == 0.25
+    assert curves[0]["reward"][1] <= 0.25 <= curves[0]["reward"][2] and curves[1]["mismatch/k3_kl"] == 2e-4
     text = as_markdown(found)
     assert (
         "NOT ALL rows see 8 k" in text and "opsm-s0: failed after 2 steps. a reason" in text and "| opsm |" not in text
