@@ -201,7 +201,7 @@ class Ablation:
                 run.status, run.why = "failed", f"not started within {self.limit_s:.0f} s"
             elif run.status == "running" and run.process is not None and self.elapsed > run.ends:
                 run.ends = math.inf
-                run.process.send_signal(signal.SIGINT)
+                run.process.send_signal(signal.SIGTERM)
                 self.say(f"[{self.elapsed:6.1f} s] {run.name}: its time is over, it is ended and evaluated")
 
     def _pace(self) -> str:
