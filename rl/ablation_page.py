@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 REFERENCE = "deterministic"
 LAST = 10  # steps at the end over which "reward at the end" is taken
 SMOOTH = 5  # steps of a moving mean in the reward's chart
+ROOM = 50  # right of the charts, for the ends of names
 BINDING = 8  # a trained row should see so many times k positions
 # the charts: a file each, its variants in this order
 GROUPS = {
@@ -140,7 +141,7 @@ def figure(names: Sequence[str], runs: Sequence[Running]) -> str:
         parts.append(
             f'<g transform="translate({x} {y})"><text x="8" y="14">{title}</text><g transform="translate(0 {HEAD})">{inner}</g></g>'
         )
-    size = f"0 0 {2 * WIDTH + GAP} {2 * (HEIGHT + HEAD)}"
+    size = f"0 0 {2 * WIDTH + GAP + ROOM} {2 * (HEIGHT + HEAD)}"
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
 
 

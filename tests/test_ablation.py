@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,25 @@ def test_figures_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert (
         "NOT ALL rows see 8 k" in text and "opsm-s0: failed after 2 steps. a reason" in text and "| opsm |" not in text
     )
+
+
+def test_runs_that_end_in_the_same_moment_are_all_settled_as_what_they_are(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("winnow.rl.ablation_table.top_k_of", lambda path: 10)
+    said: list[str] = []
+    ablation = Ablation(config=config, out=tmp_path, variants=("deterministic",), seeds=(), say=said.append)
+    for variant, code in (("deterministic", 0), ("tis", 0), ("opsm", -9)):
+        run = fake_run(tmp_path, variant, 0, [[0.0, 1.0]])
+        run.status, run.process = "running", SimpleNamespace(poll=lambda code=code: code)  # type: ignore[assignment]
+        ablation.runs.append(run)
+    (ablation.runs[2].folder / FINAL).unlink()
+    (ablation.runs[2].folder / "run.log").write_text("a line\nMemory is full\n\n")
+    found = ablation.write()
+    assert {name: run["status"] for name, run in found["runs"].items()} == {
+        "deterministic-s0": "done", "tis-s0": "done", "opsm-s0": "failed",
+    }  # fmt: skip
+    assert found["runs"]["opsm-s0"]["why"] == "killed by signal 9: Memory is full" and len(said) == 3
 
 
 def test_a_variant_that_nobody_knows_is_refused(config: Path, tmp_path: Path) -> None:
