@@ -8,48 +8,28 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
-from winnow.rl.charts import HEIGHT, WIDTH, Series, line_chart
-from winnow.rl.cost_figure import GAP, HEAD, STYLE
+from winnow.rl.ablation_page import COLUMNS, GROUPS, LAST, REFERENCE, as_markdown, average, figure
 from winnow.rl.evaluate import interval, student_t
 from winnow.rl.report import read_lines
 
 if TYPE_CHECKING:
     from winnow.rl.bench_ablation import Running
 
-REFERENCE = "deterministic"
-LAST = 10  # steps at the end over which "reward at the end" is taken
-SMOOTH = 5  # steps of a moving mean in the reward's chart
-BINDING = 8  # a trained row should see so many times k positions
-# the charts: a file each, its variants in this order
-GROUPS = {
-    "selection": ("random_ties", "deterministic", "replay"),
-    "training": ("deterministic", "kl", "replay", "replay_kl"),
-    "correction": ("deterministic", "tis", "icepop", "opsm"),
-    "attention": ("deterministic", "dense"),
-}
-CURVES = (
-    ("reward/mean", f"reward, mean of {SMOOTH} steps", False),
-    ("entropy", "entropy, nats a token", False),
-    ("mismatch/k3_kl", "k3 KL of rollout and learner", True),
-    ("index/jaccard", "Jaccard of their sets", False),
-)
-COLUMNS = {
-    "steps": "steps", "reward_end": f"reward, last {LAST} steps", "reward_all": "reward, all steps", "held_out": "held out, at the end",
-    "entropy_end": "entropy at the end", "k3_fresh": "k3 KL, same weights", "k3": "k3 KL, all steps", "k3_max": "k3 KL, largest",
-    "jaccard_fresh": "Jaccard, same weights", "jaccard": "Jaccard, all steps", "masked": "masked or capped", "clipped": "clipped",
-    "indexer_kl": "indexer KL, first and last steps", "grad_norm_max": "largest gradient norm", "step_s": "s a step",
-}  # fmt: skip
+MASKED = ("masked/tis_capped", "masked/icepop", "masked/opsm")
+SHOWN = (
+    "entropy", "mismatch/k3_kl", "mismatch/agreement_p5", "index/jaccard", *MASKED, "clip_fraction", "loss/indexer_kl", "grad_norm",
+    "staleness/max", "tokens/trained", "groups/kept_share", "time/rollout_s", "time/learn_s", "time/sync_s",
+)  # fmt: skip
 
 
 def write_table(out: Path, runs: Sequence[Running]) -> dict[str, Any]:
-    """Writes OUT/table.json, table.md and the charts from what the runs have left so far, and returns the first."""
+    """Writes OUT/table.json, table.md, curves.jsonl and the charts from what the runs have left so far, and returns the first."""
     ended = [run for run in runs if run.status in ("done", "cut")]
     counts = {run.name: len(run.rows()) for run in ended}
     longest = max(counts.values(), default=0)
@@ -69,6 +49,9 @@ def write_table(out: Path, runs: Sequence[Running]) -> dict[str, Any]:
     result["config"] = plan_of(runs[0])
     (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(as_markdown(result))
+    (out / "curves.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for run in kept for line in curve_lines(run, steps))
+    )
     for group, names in GROUPS.items():
         shown = [run for name in names for run in kept if run.variant == name]
         if len({run.variant for run in shown}) > 1:
@@ -133,11 +116,14 @@ def run_figures(run: Running, steps: int) -> dict[str, Any]:
     return {"figures": found, "prompts": prompts, "lengths": lengths}
 
 
-def average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    return mean(row[name] for row in rows) if rows else None
-
-
-MASKED = ("masked/tis_capped", "masked/icepop", "masked/opsm")
+def curve_lines(run: Running, steps: int) -> Iterator[dict[str, Any]]:
+    """Every step of a run: its reward with the 95 % interval over the step's prompts, and the metrics that are compared."""
+    rewards: dict[int, list[float]] = defaultdict(list)
+    for (step, _), value in run.found[steps]["prompts"].items():
+        rewards[step].append(value)
+    for row in run.rows()[:steps]:
+        shown = {name: row[name] for name in SHOWN if name in row}
+        yield {"run": run.name, "step": row["step"], "reward": list(interval(rewards[row["step"]])), **shown}
 
 
 def top_k_of(model: str) -> int | None:
@@ -227,117 +213,3 @@ def by_length(runs: Sequence[Running], figures: Mapping[str, Mapping[str, Any]])
                     sums[length] = (before[0] + count, before[1] + total)
         found[variant] = {str(n): [count, total / count] for n, (count, total) in sorted(sums.items())}
     return found
-
-
-# -------------------------------------------------------------------------------------------------------------------------- as text
-
-
-def as_markdown(result: Mapping[str, Any]) -> str:
-    """The tables: a line a variant, differences, accuracy by length; then what failed or was cut, by name."""
-    plan = result["config"]
-    lines = [
-        f"{plan['model']}, {plan['dtype']}, lr {plan['lr']:g}, {plan['prompts']} prompts x {plan['samples']} samples a step of "
-        f"{', '.join(plan['domains'])}; {plan['updates_per_batch']} updates a batch, the rollout's weights renewed every "
-        f"{plan['sync_every']} steps. The first {result['steps']} of {plan['asked_steps']} steps. Mean of the seeds (smallest-largest).",
-        "",
-        *as_rows(["variant", "seeds", *COLUMNS.values()], [
-            [name, str(row["seeds"]), *(ranged(row[column]) for column in COLUMNS)] for name, row in result["variants"].items()
-        ]),
-        "",
-    ]  # fmt: skip
-    differences = [
-        [name, *(spanned(row["difference"][part]) for part in ("all", "end")), str(row["difference"]["prompts"])]
-        for name, row in result["variants"].items()
-        if row.get("difference")
-    ]
-    if differences:
-        head = ["variant", f"reward minus {REFERENCE}'s, all steps", f"last {LAST} steps", "prompts"]
-        lines += ["Paired by prompt, mean and 95 % interval over prompts:", "", *as_rows(head, differences), ""]
-    lines += binding_lines(result["figures"])
-    if {"dense", REFERENCE} <= set(result["by_length"]):
-        lines += ["Mean reward by generated tokens (samples):", "", *length_rows(result["by_length"]), ""]
-    for name, run in result["runs"].items():
-        if run["status"] != "done":
-            lines.append(f"{name}: {run['status']} after {run['steps']} steps. {run['why']}".rstrip())
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def binding_lines(figures: Mapping[str, Any]) -> list[str]:
-    """How far past k the trained rows are; says so where some see less than BINDING times k."""
-    found = [row["length_over_k"] for row in figures.values() if row.get("length_over_k")]
-    if not found:
-        return []
-    least = min(row["min"] for row in found)
-    middle = median(row["median"] for row in found)
-    short = "" if least >= BINDING else f" NOT ALL rows see {BINDING} k or more."
-    return [
-        f"Trained rows see {least:.1f} k positions or more, {middle:.1f} k in the middle (k = {found[0]['k']}).{short}",
-        "",
-    ]
-
-
-def length_rows(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
-    names = [REFERENCE, "dense"]
-    lengths = sorted({int(n) for name in names for n in found[name]})
-    cells = [
-        [
-            str(n),
-            *(
-                f"{found[name][str(n)][1]:.3f} ({found[name][str(n)][0]:.0f})" if str(n) in found[name] else "-"
-                for name in names
-            ),
-        ]
-        for n in lengths
-    ]
-    return as_rows(["tokens", *names], cells)
-
-
-def as_rows(head: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
-    return [" | ".join(("", *row, "")).strip() for row in (head, ["---"] * len(head), *cells)]
-
-
-def ranged(value: Sequence[float] | None) -> str:
-    if value is None:
-        return "-"
-    middle, low, high = (short(v) for v in value)
-    return middle if low == high else f"{middle} ({low}-{high})"
-
-
-def spanned(value: Sequence[float]) -> str:
-    return f"{value[0]:+.3f} ({value[1]:+.3f} to {value[2]:+.3f})"
-
-
-def short(value: float) -> str:
-    if value == 0 or value == int(value):
-        return f"{value:.0f}"
-    return f"{value:.1e}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.3g}"
-
-
-# ------------------------------------------------------------------------------------------------------------------------- as curves
-
-
-def figure(names: Sequence[str], runs: Sequence[Running]) -> str:
-    """A whole SVG document: CURVES in two columns, a line a variant, the mean of its seeds."""
-    parts = []
-    for number, (metric, title, log) in enumerate(CURVES):
-        series = [curve(name, [run.rows() for run in runs if run.variant == name], metric) for name in names]
-        inner = re.sub(r"^<(svg|p)[^>]*>|</(svg|p)>$", "", line_chart([s for s in series if s.x], log=log, label=title))
-        inner = inner if inner.startswith("<") else f'<text x="60" y="90">{inner}</text>'
-        x, y = number % 2 * (WIDTH + GAP), number // 2 * (HEIGHT + HEAD)
-        parts.append(
-            f'<g transform="translate({x} {y})"><text x="8" y="14">{title}</text><g transform="translate(0 {HEAD})">{inner}</g></g>'
-        )
-    size = f"0 0 {2 * WIDTH + GAP} {2 * (HEIGHT + HEAD)}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
-
-
-def curve(name: str, runs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> Series:
-    """The mean over seeds at the steps that all of them have; the reward as a moving mean, the others where something was trained."""
-    steps = range(min((len(rows) for rows in runs), default=0))
-    values: list[float | None]
-    if metric.startswith("reward"):
-        raw = [mean(rows[i][metric] for rows in runs) for i in steps]
-        values = [mean(raw[max(0, i - SMOOTH + 1) : i + 1]) for i in steps]
-    else:
-        values = [average([rows[i] for rows in runs if rows[i]["tokens/trained"]], metric) for i in steps]
-    return Series(name, [i + 1 for i in steps], values)

@@ -94,6 +94,7 @@ class Ablation:
     limit_s: float = 36000.0
     say: Callable[[str], object] = print
     runs: list[Running] = field(default_factory=list)
+    _begin: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.variants if name not in VARIANTS]
@@ -145,8 +146,8 @@ class Ablation:
         while any(run.status in ("waiting", "running") for run in self.runs):
             self._start_some()
             live = [run for run in self.runs if run.status == "running"]
-            for run in live:
-                self._look(run)
+            if any(self._settle(run) for run in live):  # `write` settles the others
+                self.write()
             first = self._leader
             if first is not None and not self._go.exists() and (first.status != "running" or first.rows()):
                 self._go.touch()
@@ -181,18 +182,16 @@ class Ablation:
             run.ends = self.elapsed + (self.limit_s - self.elapsed) / waves - EVALUATION_S
             run.status = "running"
 
-    def _look(self, run: Running) -> None:
-        """Notices a run's end; the table is written again then."""
-        assert run.process is not None
-        code = run.process.poll()
+    def _settle(self, run: Running) -> bool:
+        """Notices that a run's process has ended, and how; whether it did so now."""
+        code = run.process.poll() if run.status == "running" and run.process is not None else None
         if code is None:
-            return
+            return False
         final = read_final(run.folder)
         run.status = str(final["status"]) if code == 0 and final else "failed"
         run.why = "" if run.status != "failed" else reason(run.folder, code)
-        steps = len(run.rows())
-        self.say(f"[{self.elapsed:6.1f} s] {run.name}: {run.status} after {steps} steps {run.why}".rstrip())
-        self.write()
+        self.say(f"[{self.elapsed:6.1f} s] {run.name}: {run.status} after {len(run.rows())} steps {run.why}".rstrip())
+        return True
 
     def _end_late(self) -> None:
         """A run whose share of the limit is over is interrupted between two updates and evaluated; one that never began is named."""
@@ -201,7 +200,7 @@ class Ablation:
                 run.status, run.why = "failed", f"not started within {self.limit_s:.0f} s"
             elif run.status == "running" and run.process is not None and self.elapsed > run.ends:
                 run.ends = math.inf
-                run.process.send_signal(signal.SIGINT)
+                run.process.send_signal(signal.SIGTERM)
                 self.say(f"[{self.elapsed:6.1f} s] {run.name}: its time is over, it is ended and evaluated")
 
     def _pace(self) -> str:
@@ -220,8 +219,7 @@ class Ablation:
         from winnow.rl.ablation_table import write_table
 
         for run in self.runs:
-            if run.status == "running" and run.process is not None and run.process.poll() is not None:
-                run.status, run.why = "failed", reason(run.folder, run.process.returncode)
+            self._settle(run)
         return write_table(self.out, self.runs)
 
 
@@ -255,12 +253,14 @@ def run_one(plan: Path, share: float, go: Path | None) -> None:
     """The body of one process: wait for the first run, train, evaluate. TimeoutError when the first run never takes a step."""
     import torch
 
+    from winnow.models.load import load_tokenizer
     from winnow.rl.config import load_config
     from winnow.rl.here import here
     from winnow.rl.holdout import holdout_metrics
     from winnow.rl.train import train
 
     config = load_config(plan)
+    load_tokenizer(config.model.path)  # its libraries too are imported before the wait
     end = time.monotonic() + FIRST_STEP_S
     while go is not None and not go.exists():
         if time.monotonic() > end:

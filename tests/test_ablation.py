@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from winnow.models.load import save
 from winnow.rewards.demonstrations import pretraining_texts
 from winnow.rewards.language import NAMES
 from winnow.rl import bench_ablation
-from winnow.rl.ablation_table import as_markdown, write_table
+from winnow.rl.ablation_page import as_markdown
+from winnow.rl.ablation_table import write_table
 from winnow.rl.base import BaseOptions, make_model, make_tokenizer
 from winnow.rl.bench_ablation import FINAL, Ablation, Running
 from winnow.rl.cli import main
@@ -265,10 +267,32 @@ def test_figures_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert found["figures"]["tis-s0"]["length_over_k"] == {"k": 10, "min": 7.0, "median": 7.1}
     assert found["by_length"]["tis"] == {"2": [8, 0.75]}, "the failed samples count nowhere"
+    curves = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    assert len(curves) == 6 and curves[0]["run"] == "deterministic-s0" and curves[0]["reward"][0] == 0.25
+    assert curves[0]["reward"][1] <= 0.25 <= curves[0]["reward"][2] and curves[1]["mismatch/k3_kl"] == 2e-4
     text = as_markdown(found)
     assert (
         "NOT ALL rows see 8 k" in text and "opsm-s0: failed after 2 steps. a reason" in text and "| opsm |" not in text
     )
+
+
+def test_runs_that_end_in_the_same_moment_are_all_settled_as_what_they_are(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("winnow.rl.ablation_table.top_k_of", lambda path: 10)
+    said: list[str] = []
+    ablation = Ablation(config=config, out=tmp_path, variants=("deterministic",), seeds=(), say=said.append)
+    for variant, code in (("deterministic", 0), ("tis", 0), ("opsm", -9)):
+        run = fake_run(tmp_path, variant, 0, [[0.0, 1.0]])
+        run.status, run.process = "running", SimpleNamespace(poll=lambda code=code: code)  # type: ignore[assignment]
+        ablation.runs.append(run)
+    (ablation.runs[2].folder / FINAL).unlink()
+    (ablation.runs[2].folder / "run.log").write_text("a line\nMemory is full\n\n")
+    found = ablation.write()
+    assert {name: run["status"] for name, run in found["runs"].items()} == {
+        "deterministic-s0": "done", "tis-s0": "done", "opsm-s0": "failed",
+    }  # fmt: skip
+    assert found["runs"]["opsm-s0"]["why"] == "killed by signal 9: Memory is full" and len(said) == 3
 
 
 def test_a_variant_that_nobody_knows_is_refused(config: Path, tmp_path: Path) -> None:
