@@ -324,6 +324,15 @@ def test_a_stage_changes_one_key_of_one_domain(tmp_path: Path) -> None:
     assert [domain.name for domain in config.stage_run("specialist", "m", "sums").domains] == ["sums"]
 
 
+def test_an_override_names_a_domain_within_a_section(tmp_path: Path) -> None:
+    config = pipeline_config(tmp_path, tmp_path / "m", "run.domains.sums.quota=2", "run.domains.0.quota=1")
+    assert [domain["quota"] for domain in config.run["domains"]] == [1, 2]
+    with pytest.raises(ConfigError, match=r"run.domains.sum.quota=2': no domain is called 'sum'; the config has"):
+        pipeline_config(tmp_path, tmp_path / "m", "run.domains.sum.quota=2")
+    with pytest.raises(ConfigError, match="there are 2 domains, numbered from 0"):
+        pipeline_config(tmp_path, tmp_path / "m", "run.domains.2.quota=2")
+
+
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
