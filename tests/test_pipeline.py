@@ -583,6 +583,8 @@ def test_every_row_leads_back_and_what_was_tampered_with_is_named(
         r"sums\.config\.yaml says config",
     )
     broken(shard, lambda b: b[:-9] + b"\n", r"shard .*00000\.jsonl is damaged")
+    broken(data / "sums.parquet", lambda b: b[: len(b) // 2], r"sums\.parquet is damaged")
+    broken(data / "sums.parquet", lambda b: (data / "lookup.parquet").read_bytes(), r"sums\.parquet does not hold")
     weights = next((run_folder / "specialist-sums" / "checkpoints").glob("*/model.safetensors"))
     broken(weights, lambda b: b[:-1] + bytes([b[-1] ^ 1]), r"sums\.jsonl:1: .*model\.safetensors")
     broken(
