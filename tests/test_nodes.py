@@ -151,7 +151,7 @@ def test_a_node_killed_in_each_stage_costs_its_unfinished_groups_and_late_nodes_
     finally:
         nodes.close()
     [saboteur] = spoiled  # the learner lived: one cluster served all
-    assert list(saboteur.killed) == ["specialist", "data", "student", "mixed", "evaluation"]
+    assert list(saboteur.killed) == ["evaluation", "specialist", "data", "student", "mixed"]
     assert len(set(saboteur.killed.values())) == 5, (
         "every victim but the first joined late, and was at work when it died"
     )
