@@ -3,7 +3,8 @@
     base ─> convert ─┬─> specialist-D (RL, one run a domain) ─> data-D (verified, deduplicated rows) ─┐
                      └────────────────────────────────────────────────────────────> student <────────┘ ─> mixed (RL, all domains)
     student: SFT on those data, the specialists as teachers of its own samples (on-policy distillation), or one after the other
-    evaluation: base, each specialist, student and mixed on the same held-out tasks; floors: the last model without its index
+    evaluation: base (before all else), each specialist, student and mixed on the same held-out tasks; floors: the last model without its
+    index
 
 Every stage notes in manifest.json what it was made from, as a hash of its config, of the stages before it and of the code's version. A
 stage whose note still holds is not done again; one whose inputs changed is done anew; an RL run that was interrupted is resumed. One
@@ -119,7 +120,12 @@ class Pipeline:
         domains, wanted, controls = self.config.domains, self.config.stages, self.config.controls
         specialists = {domain: f"specialist-{domain}" for domain in domains if "specialists" in wanted}
         data = {domain: f"data-{domain}" for domain in domains if "data" in wanted}
-        jobs = [
+        jobs = []
+        if (
+            "evaluation" in wanted
+        ):  # first: what is wrong with the evaluation shows before anything is trained, and engines are warm
+            jobs.append(Job(name="evaluation-base", work=lambda: self._evaluate("base", sparse)))
+        jobs += [
             Job(name=name, work=partial(self._reinforce, "specialist", sparse, domain))
             for domain, name in specialists.items()
         ]
@@ -143,7 +149,6 @@ class Pipeline:
         if "mixed" in controls:
             jobs.append(Job(name="mixed-from-base", work=lambda: self._mixed_from_base(sparse), after=("mixed",)))
         if "evaluation" in wanted:
-            jobs.append(Job(name="evaluation-base", work=lambda: self._evaluate("base", sparse)))
             for name in [job.name for job in jobs if is_model(job.name)]:
                 jobs.append(Job(name=f"evaluation-{name}", work=partial(self._evaluated, name, done), after=(name,)))
         return jobs

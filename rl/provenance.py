@@ -159,7 +159,10 @@ def check_tables(file: Path, rows: list[Row]) -> dict[str, Any]:
     if parquet.is_file():
         import pyarrow.parquet
 
-        ids = pyarrow.parquet.read_table(parquet, columns=["id"]).column("id").to_pylist()
+        try:
+            ids = pyarrow.parquet.read_table(parquet, columns=["id"]).column("id").to_pylist()
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are of these kinds
+            raise ValueError(f"{parquet} is damaged: {error}. Delete it; {file.name} holds the same rows") from None
         if ids != [row.id for row in rows]:
             raise ValueError(f"{parquet} does not hold the rows of {file.name}")
     return summary

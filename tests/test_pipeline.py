@@ -324,6 +324,15 @@ def test_a_stage_changes_one_key_of_one_domain(tmp_path: Path) -> None:
     assert [domain.name for domain in config.stage_run("specialist", "m", "sums").domains] == ["sums"]
 
 
+def test_an_override_names_a_domain_within_a_section(tmp_path: Path) -> None:
+    config = pipeline_config(tmp_path, tmp_path / "m", "run.domains.sums.quota=2", "run.domains.0.quota=1")
+    assert [domain["quota"] for domain in config.run["domains"]] == [1, 2]
+    with pytest.raises(ConfigError, match=r"run.domains.sum.quota=2': no domain is called 'sum'; the config has"):
+        pipeline_config(tmp_path, tmp_path / "m", "run.domains.sum.quota=2")
+    with pytest.raises(ConfigError, match="there are 2 domains, numbered from 0"):
+        pipeline_config(tmp_path, tmp_path / "m", "run.domains.2.quota=2")
+
+
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
@@ -574,6 +583,8 @@ def test_every_row_leads_back_and_what_was_tampered_with_is_named(
         r"sums\.config\.yaml says config",
     )
     broken(shard, lambda b: b[:-9] + b"\n", r"shard .*00000\.jsonl is damaged")
+    broken(data / "sums.parquet", lambda b: b[: len(b) // 2], r"sums\.parquet is damaged")
+    broken(data / "sums.parquet", lambda b: (data / "lookup.parquet").read_bytes(), r"sums\.parquet does not hold")
     weights = next((run_folder / "specialist-sums" / "checkpoints").glob("*/model.safetensors"))
     broken(weights, lambda b: b[:-1] + bytes([b[-1] ^ 1]), r"sums\.jsonl:1: .*model\.safetensors")
     broken(

@@ -1,0 +1,97 @@
+"""A pipeline's seconds: how they are shared, and that a pipeline without any left still trains a little, evaluates, and is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipelines import Here, pipeline_config
+
+from winnow.rl import budget
+from winnow.rl.budget import CONTROL, MARGIN, Budget, least, weights
+from winnow.rl.config import ConfigError
+from winnow.rl.pipeline import Pipeline
+
+STAGES = [
+    "specialist-a",
+    "specialist-b",
+    "data-a",
+    "data-b",
+    "student",
+    "mixed",
+    "student-on_policy",
+    "mixed-from-base",
+]
+EVALUATIONS = [f"evaluation-{name}" for name in ("base", "specialist-a", "student", "mixed", "mixed-from-base")]
+
+
+def test_what_is_left_is_shared_by_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now)
+    one = Budget(100.0, [*STAGES, *EVALUATIONS], 2, begin=now)
+    total, done = sum(one.weights.values()), list[str]()
+    for name in [*STAGES, *EVALUATIONS]:  # whoever takes just its share leaves theirs to the others
+        assert one.share(name, done) == pytest.approx(100 * (1 - MARGIN) * one.weights[name] / total)
+        now += one.share(name, done) or 0.0
+        done.append(name)
+    assert now == pytest.approx(1000 + 100 * (1 - MARGIN))
+    now += 500
+    assert one.share("evaluation-base", STAGES) == 0.0, "never negative"
+    assert Budget(None, STAGES, 2, now).share("mixed", []) is None
+
+
+def test_a_control_may_take_what_it_is_compared_with() -> None:
+    found = weights(STAGES, 2)
+    assert found["mixed-from-base"] == pytest.approx(CONTROL * sum(found[name] for name in STAGES[:6]))
+    assert found["student-on_policy"] == pytest.approx(CONTROL * sum(found[n] for n in ("data-a", "data-b", "student")))
+    assert weights(["evaluation-student", "evaluation-specialist-a"], 3) == pytest.approx(
+        {"evaluation-student": 0.3, "evaluation-specialist-a": 0.1}
+    )
+    assert (least(None, None), least(3.0, None), least(None, 2.0, 5.0)) == (None, 3.0, 2.0)
+
+
+def test_without_time_every_stage_makes_one_update_and_all_is_evaluated(babbler: Path, tmp_path: Path) -> None:
+    short = (
+        "floors=''",
+        "stages=[specialists, data, student, mixed, evaluation]",
+        "controls=[student, mixed]",
+        "data.tasks=8",
+    )
+    own = (
+        "run.indexer={train: frozen, selection: own}",
+        "run.schedule.steps=50",
+        "student={epochs: 9, batch_tokens: 400, steps: 50}",
+    )
+    config = pipeline_config(tmp_path, babbler, *short, *own, "seconds=0.001")
+    lines: list[str] = []
+    result = Pipeline(config, lines.append, Here()).run()
+    models = [
+        "base",
+        "specialist-lookup",
+        "specialist-sums",
+        "student",
+        "mixed",
+        "student-on_policy",
+        "mixed-from-base",
+    ]
+    assert list(result["models"]) == list(result["evaluation"]) == models
+    folder = tmp_path / "p"
+    for name in ("specialist-lookup", "specialist-sums", "mixed", "mixed-from-base"):
+        made: dict[str, Any] = json.loads((folder / name / "result.json").read_text())
+        assert (made["status"], made["step"]) == ("done", 1) and made["steps"] >= 50
+    assert len(json.loads((folder / "student" / "losses.json").read_text())) == 1
+    assert len((folder / "student-on_policy" / "on_policy.jsonl").read_text().splitlines()) == 1
+    assert any("s are over in epoch 1, after 1 updates" in line for line in lines)
+    again: list[str] = []
+    longer = pipeline_config(tmp_path, babbler, *short, *own, "seconds=900")
+    Pipeline(longer, again.append, Here()).run()
+    assert not [line for line in again if ": done in " in line], (
+        "the seconds are no input of a stage: nothing is done again"
+    )
+
+
+def test_seconds_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"seconds is 0(\.0)?, but it must be > 0"):
+        pipeline_config(tmp_path, tmp_path / "m", "seconds=0")
