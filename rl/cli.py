@@ -193,7 +193,9 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
-    bench.add_argument("what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory"))
+    bench.add_argument(
+        "what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "sync")
+    )
     bench.add_argument(
         "--model",
         help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
@@ -210,8 +212,8 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
     )
     bench.add_argument("--out", help="a file for the same JSON")
-    bench.add_argument("--device", default="cpu", help="cost, warmup, memory: where to measure (cpu)")
-    bench.add_argument("--layers", type=positive, help="cost, memory: cut the shape to so many layers")
+    bench.add_argument("--device", default="cpu", help="cost, warmup, memory, sync: where to measure (cpu)")
+    bench.add_argument("--layers", type=positive, help="cost, memory, sync: cut the shape to so many layers")
     bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory, rollout: contexts in tokens")
     bench.add_argument(
         "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
@@ -221,7 +223,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="PART",
         help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
-        "greedy, records: of a model folder",
+        "greedy, records: of a model folder; sync: store, ipc, nccl (all of them)",
     )
     bench.add_argument("--text", help="rollout --suite greedy, records: a text to read")
     bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")

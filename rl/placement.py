@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from winnow.rl.config import Config, ConfigError
+from winnow.rl.transports import on_one_gpu
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ def count_gpus() -> int:
 
 def bundles(config: Config) -> list[dict[str, float]]:
     """What the run asks of the cluster: the learner's bundles first, one a rank, then one a worker. Colocated: one a rank, with a whole GPU
-    for it and its workers."""
+    for it and its workers, or one for all where they fit on one GPU."""
     learner = {"CPU": float(config.learner.threads), "GPU": config.cluster.learner_gpus}
     worker = {"CPU": float(config.rollout.threads), "GPU": config.cluster.worker_gpus}
     asked = [*[learner] * config.learner.ranks, *[worker] * config.rollout.workers]
     if config.cluster.colocate:
-        cpus = learner["CPU"] + worker["CPU"] * (config.rollout.workers // config.learner.ranks)
-        asked = [{"CPU": cpus, "GPU": 1.0 if learner["GPU"] else 0.0}] * config.learner.ranks
+        count = 1 if on_one_gpu(config) else config.learner.ranks
+        cpus = (config.learner.ranks * learner["CPU"] + config.rollout.workers * worker["CPU"]) / count
+        asked = [{"CPU": cpus, "GPU": 1.0 if learner["GPU"] else 0.0}] * count
     return [{name: amount for name, amount in bundle.items() if amount} for bundle in asked]
 
 
@@ -75,8 +77,11 @@ def placed(config: Config) -> Iterator[Places]:
 
     asked, limit, strategy = bundles(config), config.cluster.start_timeout_s, config.cluster.strategy
     ranks, workers = config.learner.ranks, config.rollout.workers
-    learner = placement_group(asked[:ranks])
-    groups = [learner] if config.cluster.colocate else [learner, placement_group(asked[ranks:], strategy=strategy)]
+    if config.cluster.colocate:
+        groups = [placement_group(asked)]
+    else:
+        groups = [placement_group(asked[:ranks]), placement_group(asked[ranks:], strategy=strategy)]
+    shared = len(asked) if config.cluster.colocate else None  # bundles that ranks and workers go into by turns
     try:
         if not all(group.wait(limit) for group in groups):
             raise TimeoutError(
@@ -84,8 +89,8 @@ def placed(config: Config) -> Iterator[Places]:
                 f"{_round(ray.cluster_resources())}, free are {_round(ray.available_resources())}: ask for less, or wait for others to end"
             )
         yield Places(
-            learner=[_inside(learner, rank) for rank in range(ranks)],
-            workers=[_inside(groups[-1], n % ranks if config.cluster.colocate else n) for n in range(workers)],
+            learner=[_inside(groups[0], rank % (shared or ranks)) for rank in range(ranks)],
+            workers=[_inside(groups[-1], number % (shared or workers)) for number in range(workers)],
         )
     finally:
         with contextlib.suppress(Exception):  # Ray itself may be gone

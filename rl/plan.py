@@ -44,7 +44,8 @@ def placement(config: Config) -> list[str]:
     workers = [f"rollout worker {i}" for i in range(config.rollout.workers)]
     names = [*learners, *workers]
     if config.cluster.colocate:
-        names = [" with ".join([name, *workers[rank::ranks]]) for rank, name in enumerate(learners)]
+        count = len(bundles(config))
+        names = [" with ".join([*learners[number::count], *workers[number::count]]) for number in range(count)]
     if config.cluster.address == HERE:
         device = "on the GPU" if config.cluster.worker_gpus else "without a GPU"
         return [f"learner and engine by turns in this process, {device}; no Ray"]

@@ -56,19 +56,31 @@ def check_transport(config: Any) -> None:
             )
 
 
+def on_one_gpu(config: Any) -> bool:
+    """Whether everything that is colocated fits on one GPU, or needs none."""
+    cluster = config.cluster
+    return config.learner.ranks * cluster.learner_gpus + config.rollout.workers * cluster.worker_gpus <= 1
+
+
 def _check_colocation(config: Any) -> None:
-    """Each learner rank shares its GPU with as many workers as every other one."""
+    """Everything on one GPU, or each learner rank with as many workers as every other one on a GPU of its own."""
     cluster, ranks, workers = config.cluster, config.learner.ranks, config.rollout.workers
     learner, worker = cluster.learner_gpus, cluster.worker_gpus
+    if bool(learner) != bool(worker):
+        raise ConfigError(
+            f"cluster.colocate puts learner and workers on the same GPUs, but cluster.learner_gpus is {learner:g} and cluster.worker_gpus "
+            f"{worker:g}: give each a share, e.g. 0.5 and 0.5, or 0 to both, without GPUs"
+        )
+    if on_one_gpu(config):
+        return
     if workers % ranks:
         raise ConfigError(
             f"cluster.colocate puts rollout.workers = {workers} beside learner.ranks = {ranks}, but {workers} cannot be divided by {ranks}: "
             f"set rollout.workers to a multiple of {ranks}"
         )
-    asked = learner + workers // ranks * worker
-    if bool(learner) != bool(worker) or asked > 1:
+    if (asked := learner + workers // ranks * worker) > 1:
         raise ConfigError(
             f"cluster.colocate puts one learner rank (cluster.learner_gpus = {learner:g}) and {workers // ranks} workers (worker_gpus = "
             f"{worker:g} each) on one GPU, which makes {asked:g}: give each a share, at most 1 together, e.g. 0.5 and "
-            f"{0.5 / (workers // ranks):g}; or 0 to both, without GPUs"
+            f"{0.5 / (workers // ranks):g}"
         )

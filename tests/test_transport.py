@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from winnow.rl import placement
 from winnow.rl.config import ConfigError, make_config
 from winnow.rl.transports import transport_of
 from winnow.rollout import transfer
@@ -271,6 +272,29 @@ def test_an_engine_that_dies_or_hangs_holds_up_nobody(
         assert equal(hall.answer(1, "s2")["weights"], Net(2).state_dict())
 
 
+def test_colocated_processes_share_bundles() -> None:
+    shares = (
+        "cluster.colocate=true",
+        "cluster.learner_gpus=0.5",
+        "cluster.worker_gpus=0.25",
+        "rollout.workers=4",
+        "learner.ranks=2",
+    )
+    assert (
+        placement.bundles(config_of(*shares)) == [{"CPU": 3.0, "GPU": 1.0}] * 2
+    )  # a rank with two workers on each GPU
+    small = ("cluster.colocate=true", "cluster.learner_gpus=0.25", "cluster.worker_gpus=0.5", "learner.ranks=2")
+    assert placement.bundles(config_of(*small)) == [{"CPU": 3.0, "GPU": 1.0}]
+    assert placement.bundles(config_of("cluster.colocate=true", "rollout.workers=3")) == [{"CPU": 4.0}]
+    from winnow.rl.plan import placement as planned
+
+    lines = planned(config_of(*shares))
+    assert (
+        "learner rank 0 with rollout worker 0 with rollout worker 2: 3 CPU, 1 GPU" in lines[1]
+        and "travel by ipc" in lines[-1]
+    )
+
+
 def test_a_channel_says_who_was_waited_for_and_stops_when_told() -> None:
     channel = Channel("127.0.0.1:0", host=True)
     begin = time.monotonic()
@@ -318,7 +342,11 @@ def test_the_transport_follows_the_placement(overrides: tuple[str, ...], chosen:
         (("cluster.transport=nccl", "cluster.learner_gpus=0.5", "cluster.worker_gpus=0.5"), "refuses two processes on one GPU"),
         (("cluster.transport=nccl", "cluster.colocate=true", "cluster.learner_gpus=0.5", "cluster.worker_gpus=0.5"), "two processes on one"),
         (("cluster.colocate=true", "cluster.learner_gpus=1", "cluster.worker_gpus=1"), "which makes 2: give each a share"),
-        (("cluster.colocate=true", "learner.ranks=2", "rollout.workers=3"), "set rollout.workers to a multiple of 2"),
+        (
+            ("cluster.colocate=true", "learner.ranks=2", "rollout.workers=3", "cluster.learner_gpus=.5", "cluster.worker_gpus=.3"),
+            "set rollout.workers to a multiple of 2",
+        ),
+        (("cluster.colocate=true", "cluster.learner_gpus=1"), "give each a share"),
         (("cluster.transport=store", "cluster.address=here"), "leave cluster.transport at auto"),
         (("cluster.transport=shm",), "must be one of auto, store, ipc, nccl"),
     ],
