@@ -17,6 +17,7 @@ from typing import Any
 from winnow.rl.config import Config
 from winnow.rl.run import code_version
 from winnow.rl.transports import transport_of
+from winnow.rollout.offers import no_room
 
 DEATH_GRACE_S = 10.0  # after one rank's failure, for the death of another to show
 
@@ -68,12 +69,25 @@ class RemoteLearner:
     def weights(self, version: int) -> Any:
         """What `Pool.push_weights` takes: a reference to an update in the object store, or an offer whose transfer the pool starts."""
         if self.transport == "store":
-            return self._ready("weights", version)
+            return self._stored(version)
         from winnow.rl.weight_offer import StreamOffer
 
         if self._ends is None:
             self._ends = [SendingEnd(*end) for end in self._all("open_sender")]
         return StreamOffer(self, self._ends, version)
+
+    def _stored(self, version: int) -> Any:
+        """A reference to the first rank's update. The driver owns it, so that it outlives the learner, and does not read it: whether it was
+        stored is said by a second result."""
+        import ray
+
+        with self._order:
+            pairs = [actor.hand_over.options(num_returns=2).remote(version) for actor in self.actors]
+        try:
+            self._wait("weights", [done for _, done in pairs])
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise no_room(version, error) from None
+        return pairs[0][0]
 
     def save(self, folder: str | Path, state: bool = True) -> None:
         self._get("save", str(Path(folder).resolve()), state)
@@ -126,13 +140,12 @@ class RemoteLearner:
     def _get(self, method: str, *arguments: Any) -> Any:
         import ray
 
-        return ray.get(self._ready(method, *arguments))
+        return ray.get(self._wait(method, self.submit(method, *arguments)))
 
-    def _ready(self, method: str, *arguments: Any) -> Any:
-        """A reference to the first rank's result, once every rank is done. Raises what a rank raised; TimeoutError after `timeout_s`."""
+    def _wait(self, method: str, references: Sequence[Any]) -> Any:
+        """The first of the ranks' references, once every rank is done. Raises what a rank raised; TimeoutError after `timeout_s`."""
         import ray
 
-        references = self.submit(method, *arguments)
         waiting, deadline = list(references), time.monotonic() + self.timeout_s
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
@@ -142,8 +155,6 @@ class RemoteLearner:
                     f"learner.{method} has not returned for {self.timeout_s:.0f} s{late}: raise cluster.step_timeout_s, or give the "
                     "learner less work (learner.micro_tokens, domains.*.quota)"
                 )
-            if method == "weights" and done[0] == references[0]:
-                continue  # large, and wanted by the workers alone
             try:
                 ray.get(done[0])
             except ray.exceptions.RayError as error:
@@ -159,7 +170,7 @@ class RemoteLearner:
         for rank, reference in enumerate(references):
             name = f"rank {rank} of {len(references)}" if len(references) > 1 else "process"
             try:
-                if ray.wait([reference], timeout=0, fetch_local=False)[0] and not (method == "weights" and rank == 0):
+                if ray.wait([reference], timeout=0, fetch_local=False)[0]:
                     ray.get(reference)
             except ray.exceptions.RayActorError as dead:
                 return LearnerDied(
@@ -215,6 +226,12 @@ def make_actor_class() -> type:
 
             return free_address(ray.util.get_node_ip_address())
 
+        def hand_over(self, version: int) -> tuple[Any, None]:
+            """This rank's update, and nothing: two results, see `RemoteLearner`."""
+            update = self.weights(version)
+            self.offered = version
+            return update, None
+
         def join(self, address: str, shared_gpu: bool) -> None:
             learner, timeout_s = self.config.learner, self.config.cluster.step_timeout_s
             self.ranks = join_ranks(self._rank, learner.ranks, address, timeout_s, shared_gpu)
@@ -250,7 +267,11 @@ def make_actor_class() -> type:
             if self.offered != version:
                 return None
             update = self.weights(version)
-            self.offered = version
-            return [ray.put(update)] if self._rank == 0 else None
+            if self._rank:
+                return None
+            try:
+                return [ray.put(update)]
+            except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+                raise no_room(version, error, update.nbytes) from None
 
     return LearnerActor

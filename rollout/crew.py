@@ -148,8 +148,8 @@ class Crew:
             elif worker.state == "failed" or not worker.born:
                 continue
             elif worker.ping is not None and now - worker.pinged > limits.ping_timeout_s:
-                silent = now - worker.pinged
-                self._replace(worker, f"did not answer a ping while {worker.task} for {silent:.0f} s", TimeoutError)
+                why = f"did not answer a ping while {worker.task} for {now - worker.pinged:.0f} s"
+                self._replace(worker, why, TimeoutError, killed=True)
             elif worker.ping is None and now - worker.pinged > min(_PING_EVERY_S, limits.ping_timeout_s):
                 worker.ping, worker.pinged = worker.actor.ping.remote(), now
 

@@ -51,3 +51,12 @@ class StoreOffer:
 
     def finished(self) -> bool:
         return True
+
+
+def no_room(version: int, error: Exception, nbytes: int = 0) -> RuntimeError:
+    """What to raise for an update that Ray could not store. Workers keep the weights they have."""
+    size = f" ({nbytes / 1e9:.2f} GB)" if nbytes else ""
+    return RuntimeError(
+        f"weights of version {version}{size} do not fit into Ray's object store, nor on the disk it spills to: give it more (ray start "
+        f"--object-store-memory), free the disk, or set cluster.transport to ipc or nccl ({type(error).__name__})"
+    )

@@ -21,7 +21,7 @@ from winnow.rollout.arrivals import Arrivals
 from winnow.rollout.crew import Crew
 from winnow.rollout.handles import PoolLimits, Worker
 from winnow.rollout.ledger import Call, Ledger
-from winnow.rollout.offers import Offer, StoreOffer
+from winnow.rollout.offers import Offer, StoreOffer, no_room
 from winnow.rollout.schema import Request
 from winnow.rollout.weights import WeightUpdate
 from winnow.rollout.worker import RolloutWorker, WorkerSpec
@@ -222,7 +222,4 @@ def _store(update: WeightUpdate) -> Any:
     try:
         return ray.put(update)
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
-        raise RuntimeError(
-            f"weights of version {update.version} ({update.nbytes / 1e9:.2f} GB) do not fit into Ray's object store, nor on the disk it "
-            "spills to: give it more (ray start --object-store-memory) or free the disk"
-        ) from error
+        raise no_room(update.version, error, update.nbytes) from error
