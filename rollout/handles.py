@@ -69,7 +69,8 @@ class Worker:
     def introduce(self, said: Mapping[str, Any]) -> None:
         """Takes in what a ping answers."""
         self.born, self.where, self.log = True, f"pid {said['pid']} on {said['host']}", said.get("log")
-        self.host, self.device = said["host"], said.get("device", "cpu")
+        if said["version"] >= 0:  # its model is loaded, so its device is known; an older answer may come later
+            self.host, self.device = said["host"], said.get("device", "cpu")
 
     @property
     def member(self) -> Member:
