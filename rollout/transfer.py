@@ -12,7 +12,7 @@ The sender takes part in every gather of the learner's ranks to the end, also af
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,27 +52,24 @@ class Sender:
     def send(self, order: Order, layout: Layout, tensors: Iterator[Tensor]) -> dict[int, str]:
         """{worker: "ok", or what went wrong there}. Goes through `tensors`, in the layout's order, to their end in any case."""
         broken = ""
-        carrier: Any = None
-        self._make_buffers(layout)
+        try:
+            self._make_buffers(layout)
+            carrier = self._open(order, layout)
 
-        def attempt(action: Callable[..., Any], *arguments: Any) -> Any:
-            """The action, unless the transfer has broken, now or before."""
-            nonlocal broken
-            if not broken:
-                try:
-                    return action(*arguments)
-                except LinkBroken as error:
-                    broken = self._give_up(order.ticket.session, error)
-            return None
+            def free(number: int) -> Tensor:
+                carrier.free(number)
+                return self._buffers[number % ipc.BUFFERS].data
 
-        def free(number: int) -> Tensor:
-            attempt(lambda: carrier.free(number))
-            return self._buffers[number % ipc.BUFFERS].data
-
-        carrier = attempt(self._open, order, layout)
-        for number, bucket in fill(layout, tensors, free):
-            attempt(lambda *sent: carrier.send(*sent), number, bucket, checksum)
-        attempt(lambda: carrier.finish())
+            for number, bucket in fill(layout, tensors, free):
+                carrier.send(number, bucket, checksum)
+            carrier.finish()
+        except LinkBroken as error:
+            broken = self._give_up(order.ticket.session, error)
+        finally:
+            for (
+                _
+            ) in tensors:  # the other ranks wait for their gathers; no buffer is touched, somebody may still read it
+                pass
         return self._report(order, layout, broken)
 
     def _open(self, order: Order, layout: Layout) -> Any:
@@ -158,7 +155,13 @@ class Receiver:
                     sent, arrived = self._ipc.receive(channel, ticket, buckets, checksum)
                 else:
                     sent, arrived = broadcast.receive(self._joined(ticket, device), buckets, checksum)
-                check_sums(layout, sent, arrived)
+                try:
+                    check_sums(layout, sent, arrived)
+                except WeightError:
+                    channel.check(
+                        ticket.session
+                    )  # a transfer that was given up meanwhile says nothing about the weights
+                    raise
         except Exception as error:
             self._failed(channel, ticket, error)
             raise

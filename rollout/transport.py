@@ -220,13 +220,17 @@ class Channel:
             now = time.monotonic()
             if session and now - looked > _LISTEN_S:
                 looked = now
-                if self._said(f"{session}/stop"):
-                    raise LinkBroken(self.store.get(f"{session}/stop").decode())
+                self.check(session)
             if now - begin > seconds:
                 raise LinkBroken(f"{who} said nothing for {seconds:.0f} s ({key})")
             time.sleep(pause)
             pause = min(1.5 * pause, _LAST_PAUSE_S)
         return self.store.get(key).decode()
+
+    def check(self, session: str) -> None:
+        """LinkBroken where somebody has given the session up."""
+        if self._said(f"{session}/stop"):
+            raise LinkBroken(self.store.get(f"{session}/stop").decode())
 
     def forget(self, keys: list[str]) -> None:
         """Drops what was said, where this process keeps the store."""
