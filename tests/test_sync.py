@@ -118,11 +118,11 @@ def test_a_worker_that_hangs_while_it_starts_is_named_and_replaced(
 
 
 def sync_config(root: Path, model: str, name: str, *overrides: str) -> Config:
-    domain = {"count": 12, "holdout": 2, "quota": 3, "max_tokens": 8}
+    domain = {"count": 24, "holdout": 6, "quota": 4, "max_tokens": 10}
     values = {
         "name": name, "runs_dir": str(root), "model": {"path": model},
         "domains": [{"name": "lookup", "source": "lookup", **domain}, {"name": "sums", "source": "addition", **domain}],
-        "rollout": {"samples": 6, "num_pages": 256, "max_batch": 16}, "learner": {"lr": 1e-3},
+        "rollout": {"samples": 8, "num_pages": 512, "max_batch": 16}, "learner": {"lr": 1e-3},
         "indexer": {"train": "kl", "selection": "replay"}, "schedule": {"steps": 3, "save_every": 0},
     }  # fmt: skip
     return make_config(values, ("cluster.stall_timeout_s=3", *overrides))
@@ -156,7 +156,7 @@ def test_a_worker_lost_while_weights_travel_is_named_and_gets_them_when_it_is_ba
     with caplog.at_level(logging.WARNING), clusters.connect(config) as cluster:
         cluster.start(config)
         assert {stats["version"] for stats in versions(cluster.pool)} == {0}
-        assert len(cluster.generate(requests_of(config, 1))) == 6
+        assert len(cluster.generate(requests_of(config, 1))) == 8
         assert set(cluster.pool.push_weights(cluster.learner.weights(1), 1).values()) == {1}
         before = pids(cluster.pool)
         os.kill(before[1], signal.SIGSTOP if transport == "nccl" else signal.SIGKILL)
