@@ -194,7 +194,8 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     )
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
     bench.add_argument(
-        "what", choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "ablation")
+        "what",
+        choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "ablation", "sync"),
     )
     bench.add_argument(
         "--model",
@@ -212,8 +213,8 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
     )
     bench.add_argument("--out", help="a file for the same JSON; ablation: a folder")
-    bench.add_argument("--device", default="cpu", help="cost, warmup, memory: where to measure (cpu)")
-    bench.add_argument("--layers", type=positive, help="cost, memory: cut the shape to so many layers")
+    bench.add_argument("--device", default="cpu", help="cost, warmup, memory, sync: where to measure (cpu)")
+    bench.add_argument("--layers", type=positive, help="cost, memory, sync: cut the shape to so many layers")
     bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory, rollout: contexts in tokens")
     bench.add_argument(
         "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
@@ -223,7 +224,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="PART",
         help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
-        "greedy, records: of a model folder",
+        "greedy, records: of a model folder; sync: store, ipc, nccl (all of them)",
     )
     bench.add_argument("--text", help="rollout --suite greedy, records: a text to read")
     bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")

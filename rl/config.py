@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from winnow.rl.config_fields import ConfigError, check_keys, check_ranges, choice, number
+from winnow.rl.transports import check_transport
 from winnow.rollout.vllm_plugin import VllmError, check_version, installed_version
 
 Section = TypeVar("Section")
@@ -189,6 +190,12 @@ class ClusterConfig:
     learner_gpus: float = number(0.0, low=0)
     worker_gpus: float = number(0.0, low=0)
     strategy: str = choice("PACK", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+    colocate: bool = False  # each learner rank shares one GPU with its share of the workers
+    transport: str = choice("auto", "auto", "store", "ipc", "nccl")  # of weights to the engines, see transports.py
+    bucket_mb: int = number(256, low=1)  # ipc, nccl: megabytes that travel at a time
+    stall_timeout_s: float = number(
+        20.0, low=0, open_low=True
+    )  # ipc, nccl: without progress, before a transfer is given up
     start_timeout_s: float = number(300.0, low=0, open_low=True)
     step_timeout_s: float = number(3600.0, low=0, open_low=True)  # one call of the learner
 
@@ -329,6 +336,7 @@ def check(config: Config) -> Config:
     _check_routing(config)
     _check_schedule(config)
     _check_here(config)
+    check_transport(config)
     if config.learner.updates_per_batch > config.prompts_per_step:
         raise ConfigError(
             f"learner.updates_per_batch is {config.learner.updates_per_batch}, but a step has {config.prompts_per_step} prompts (the sum "

@@ -54,6 +54,7 @@ class Learner:
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         self.config, self.ranks = config, ranks or Ranks()
+        self.offered: int | None = None  # the version that these very weights were last handed over as
 
     # ------------------------------------------------------------------------------------------------------------- load and save
 
@@ -81,7 +82,7 @@ class Learner:
     def _adopt(self, model: Any, path: str) -> dict[str, Any]:
         """Takes a loaded model, splits it over the ranks and makes its optimizer, reference and counts. `path` is what to call it."""
         config = self.config
-        self.model = model.train()
+        self.model, self.offered = model.train(), None
         if config.learner.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         shape = attach.indexer_config(self.model)
@@ -129,15 +130,23 @@ class Learner:
         """Every weight of the model, with checksums, for the rollout's engines. Ranks but the first return an empty update."""
         return weights.pack(self._tensors(), version)
 
+    def named_weights(self) -> dict[str, Tensor]:
+        """The model's weights by name, tied ones once. Over ranks they are parts: `ranks.whole` of one is every rank's to ask for."""
+        if self.ranks.world == 1:
+            return weights.untied(self.model.state_dict())
+        named, seen = {}, set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                named[name] = tensor
+        return named
+
     def _tensors(self) -> dict[str, Tensor]:
         """The model's weights by name. Over ranks they are gathered one by one, tied ones once, to the first rank's main memory."""
         if self.ranks.world == 1:
             return self.model.state_dict()
-        gathered, seen = {}, set()
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if tensor in seen:
-                continue
-            seen.add(tensor)
+        gathered = {}
+        for name, tensor in self.named_weights().items():
             full = whole(tensor)
             if self.ranks.rank == 0:
                 gathered[name] = full.cpu()
@@ -147,6 +156,7 @@ class Learner:
 
     def step(self, batch: TrainBatch) -> StepReport:
         """Trains on one batch. Raises StepRefused, leaving the weights before the faulty update."""
+        self.offered = None
         tally, drift = Tally(), Drift()
         extra = drift.metrics()
         old = self._old_logprobs(batch)

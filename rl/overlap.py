@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
 
-from winnow.rl.cluster import Cluster, LearnerDied
+from winnow.rl.cluster import Cluster
 from winnow.rl.config import Config
+from winnow.rl.remote_learner import LearnerDied
 
 STOP_S = 60.0  # that a stage has to reach a point where it can stop
 END_S = 30.0  # and, once its processes were ended, to notice

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from winnow.rl.budget import Budget, least
-from winnow.rl.cluster import Cluster, LearnerDied, connect, has_room, ray_session, worker_spec
+from winnow.rl.cluster import Cluster, connect, ray_session, worker_spec
 from winnow.rl.config import Config, config_hash, to_yaml
 from winnow.rl.forgetting import forgetting
 from winnow.rl.holdout import holdout_requests
@@ -37,6 +37,8 @@ from winnow.rl.interrupts import Interrupts
 from winnow.rl.manifest import Manifest
 from winnow.rl.overlap import Job, Lanes, run_jobs
 from winnow.rl.pipeline_config import PipelineConfig, base_options, convert_options
+from winnow.rl.placement import has_room
+from winnow.rl.remote_learner import LearnerDied
 from winnow.rl.results import FLOORS, last_model, result_table, summary
 from winnow.rl.run import code_version
 

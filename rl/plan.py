@@ -9,8 +9,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from winnow.rl.cluster import HERE, bundles
+from winnow.rl.cluster import HERE
 from winnow.rl.config import Config, to_yaml
+from winnow.rl.placement import bundles
+from winnow.rl.transports import transport_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
 ACTIVATIONS = 40  # numbers kept for the backward pass per token, layer and hidden unit; a dozen with checkpointing
@@ -39,7 +41,11 @@ def placement(config: Config) -> list[str]:
     """One line a process."""
     ranks = config.learner.ranks
     learners = ["learner"] if ranks == 1 else [f"learner rank {i}" for i in range(ranks)]
-    names = [*learners, *(f"rollout worker {i}" for i in range(config.rollout.workers))]
+    workers = [f"rollout worker {i}" for i in range(config.rollout.workers)]
+    names = [*learners, *workers]
+    if config.cluster.colocate:
+        count = len(bundles(config))
+        names = [" with ".join([*learners[number::count], *workers[number::count]]) for number in range(count)]
     if config.cluster.address == HERE:
         device = "on the GPU" if config.cluster.worker_gpus else "without a GPU"
         return [f"learner and engine by turns in this process, {device}; no Ray"]
@@ -50,7 +56,7 @@ def placement(config: Config) -> list[str]:
     ]
     for name, bundle in zip(names, bundles(config), strict=True):
         lines.append(f"  {name}: " + ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items()))
-    return lines
+    return [*lines, f"  weights travel by {transport_of(config)} (cluster.transport: {config.cluster.transport})"]
 
 
 def memory(config: Config) -> list[str]:

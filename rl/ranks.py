@@ -91,13 +91,16 @@ class Ranks:
         return mine + [(index, False) for index in order[-1:]] * (most - len(mine))
 
 
-def join_ranks(rank: int, world: int, address: str, timeout_s: float) -> Ranks:
-    """Joins the process group at `address` (host:port, where rank 0 listens). Raises within `timeout_s` when a rank does not come."""
+def join_ranks(rank: int, world: int, address: str, timeout_s: float, shared_gpu: bool = False) -> Ranks:
+    """Joins the process group at `address` (host:port, where rank 0 listens). Raises within `timeout_s` when a rank does not come.
+
+    shared_gpu: ranks share a GPU, which NCCL refuses; tensors on it go through gloo then, slowly.
+    """
     if world > 1 and not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(0)  # the only one this process was given
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and not shared_gpu else "gloo",
             init_method=f"tcp://{address}",
             rank=rank,
             world_size=world,

@@ -10,8 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from winnow.rl.cluster import Cluster, LearnerDied
+from winnow.rl.cluster import Cluster
 from winnow.rl.config import Config
+from winnow.rl.remote_learner import LearnerDied
 
 Train = Callable[..., dict[str, Any]]
 Say = Callable[[str], object]

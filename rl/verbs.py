@@ -229,6 +229,11 @@ def bench(arguments: argparse.Namespace) -> None:
     timed = not arguments.check
     if arguments.what in ("step", "learner"):
         figures = bench_training(arguments)
+    elif arguments.what == "sync":
+        from winnow.rl.bench_sync import PARTS, bench_sync
+
+        a = arguments
+        figures = bench_sync(a.model or "small", a.device, a.suite or PARTS, a.layers, a.threads, say=say)
     elif arguments.what in ("cost", "warmup", "memory"):
         figures = measure_models(arguments.what, arguments)
     elif arguments.what == "rollout" and arguments.suite:

@@ -1,6 +1,7 @@
 """The pool's workers: started, given work and weights, watched, replaced.
 
     starting -> loading (current weights) -> ready -> (dead, hung or late) -> starting ... | failed
+                  ^ waiting, where the learner is asked for them once more
     ledger's line -> dispatch -> [ready worker with the least to do] -> collect -> ledger
 
 A request goes to one worker, whose samples share its prefill, and each sample comes back as it finishes. A worker that dies, stops
@@ -18,6 +19,8 @@ from typing import Any
 
 from winnow.rollout.handles import PoolLimits, Sent, Worker, cause_of, last_lines, options_of
 from winnow.rollout.ledger import Call, Job, Ledger
+from winnow.rollout.offers import Offer, StoreOffer
+from winnow.rollout.transport import LinkBroken
 from winnow.rollout.worker import WorkerSpec, code_version
 
 log = logging.getLogger("winnow.rollout")
@@ -37,7 +40,7 @@ class Crew:
     ) -> None:
         self.spec, self.limits, self.ledger = spec, limits, ledger
         self.error: Exception | None = None  # why the crew as a whole cannot go on
-        self.weights: tuple[Any, int] | None = None  # (reference, version) that every worker must have
+        self.weights: Offer | None = None  # what every worker must have
         self.refusals: dict[int, Exception] = {}  # version -> a worker's refusal of that update
         self._options = [options_of(each, spec.threads) for each in options]
         self._class, self._up = worker_class, False
@@ -69,12 +72,14 @@ class Crew:
             worker.sent |= {ticket: Sent(job, sample, time.monotonic()) for sample, ticket in tickets.items()}
             worker.asked[worker.actor.start.remote(job.request, tickets)] = list(tickets.values())
 
-    def load(self, weights: tuple[Any, int]) -> tuple[Any, int] | None:
-        """From now on every worker must have these; the ready ones get them now. Returns what they replace."""
+    def load(self, weights: Offer) -> Offer | None:
+        """From now on every worker must have these; the ones that are up get them now. Returns what they replace."""
+        here = [worker for worker in self.workers if worker.state in ("ready", "waiting")]
+        arguments = weights.begin([worker.member for worker in here])
         before, self.weights = self.weights, weights
-        self.refusals.pop(weights[1], None)
-        for worker in self.ready:
-            self._load(worker)
+        self.refusals.pop(weights.version, None)
+        for worker in here:
+            self._load(worker, arguments[worker.number])
         return before
 
     def collect(self, ref: Any) -> None:
@@ -86,19 +91,17 @@ class Crew:
             return  # of a worker replaced since
         try:
             value = ray.get(ref, timeout=self.limits.load_timeout_s)
-        except ray.exceptions.RayActorError as error:
-            stage = "generating" if worker.sent and worker.state == "ready" else worker.state
-            why = f"died while {stage}: {cause_of(error)}{last_lines(worker.log)}"
-            self._replace(worker, why, killed=not error.actor_init_failed)
+        except ray.exceptions.RayError as error:
+            if worker.state != "waiting" or ref != worker.awaited:
+                self._call_failed(worker, ref, error)
+                return
+            worker.awaited = None  # the learner failed, not the worker, which waits for the next version
+            log.warning("%s waits for weights that the learner could not send: %s", str(worker), cause_of(error))
+            if self.weights is not None and not isinstance(error, ray.exceptions.RayActorError):
+                self.refusals[self.weights.version] = getattr(error, "cause", None) or error
             return
         except Exception as error:
-            cause = getattr(error, "cause", None) or error
-            if ref == worker.poll:  # nobody knows which samples were in it
-                self._replace(worker, f"could not hand over what it generated: {cause_of(error)}")
-            elif ref in worker.asked:
-                self._take_in(worker, [(ticket, cause) for ticket in worker.asked.pop(ref)])
-            else:
-                self._answer_failed(worker, cause)
+            self._call_failed(worker, ref, error)
             return
         if ref == worker.poll:
             worker.poll = worker.actor.finished.remote()
@@ -107,9 +110,27 @@ class Crew:
             del worker.asked[ref]
         elif ref == worker.ping:
             worker.ping, worker.pinged = None, time.monotonic()
+            worker.introduce(value)
         else:
             worker.progress = time.monotonic()
             self._advance(worker, value)
+
+    def _call_failed(self, worker: Worker, ref: Any, error: Exception) -> None:
+        """A call of a worker ended in an error, its own or its process's."""
+        import ray
+
+        if isinstance(error, ray.exceptions.RayActorError):
+            stage = "generating" if worker.sent and worker.state == "ready" else worker.state
+            why = f"died while {stage}: {cause_of(error)}{last_lines(worker.log)}"
+            self._replace(worker, why, killed=not error.actor_init_failed)
+            return
+        cause = getattr(error, "cause", None) or error
+        if ref == worker.poll:  # nobody knows which samples were in it
+            self._replace(worker, f"could not hand over what it generated: {cause_of(error)}")
+        elif ref in worker.asked:
+            self._take_in(worker, [(ticket, cause) for ticket in worker.asked.pop(ref)])
+        else:
+            self._answer_failed(worker, cause)
 
     def check(self) -> None:
         """Asks who is still there, and replaces whoever is past a limit."""
@@ -124,11 +145,11 @@ class Crew:
                 self._replace(worker, f"did not finish {worker.state} within {since:.0f} s{hint}", TimeoutError)
             elif oldest > limits.request_timeout_s:
                 self._replace(worker, f"did not answer while {worker.task} for {oldest:.0f} s", TimeoutError)
-            elif worker.state not in ("ready", "loading"):
+            elif worker.state == "failed" or not worker.born:
                 continue
             elif worker.ping is not None and now - worker.pinged > limits.ping_timeout_s:
-                silent = now - worker.pinged
-                self._replace(worker, f"did not answer a ping while {worker.task} for {silent:.0f} s", TimeoutError)
+                why = f"did not answer a ping while {worker.task} for {now - worker.pinged:.0f} s"
+                self._replace(worker, why, TimeoutError, killed=True)
             elif worker.ping is None and now - worker.pinged > min(_PING_EVERY_S, limits.ping_timeout_s):
                 worker.ping, worker.pinged = worker.actor.ping.remote(), now
 
@@ -138,7 +159,7 @@ class Crew:
         for worker in self.workers:
             mine = [ticket for ticket, each in worker.sent.items() if each.job.call is call]
             keys = [worker.sent.pop(ticket).key for ticket in mine]
-            if keys and worker.state in ("ready", "loading"):
+            if keys and worker.state in ("ready", "loading", "waiting"):
                 worker.actor.cancel.remote(keys)
 
     def fail(self, error: Exception) -> None:
@@ -165,24 +186,40 @@ class Crew:
         options = self._options[worker.number]
         worker.actor = actor_class.options(**options).remote(self.spec, worker.number, code_version())
         worker.state, worker.since, worker.version = "starting", time.monotonic(), -1
-        worker.awaited, worker.where, worker.log = worker.actor.ping.remote(), "not up yet", None
+        worker.awaited, worker.where, worker.log = worker.actor.ready.remote(), "not up yet", None
+        worker.ping, worker.born = (
+            worker.actor.ping.remote(),
+            False,
+        )  # which its process answers while the model is loaded
 
-    def _load(self, worker: Worker) -> None:
+    def _load(self, worker: Worker, what: Any) -> None:
+        """what: the argument of `load_weights`, an update by reference or a ticket."""
         assert self.weights is not None
-        ref, version = self.weights
-        worker.state, worker.since, worker.loading = "loading", time.monotonic(), version
-        worker.awaited = worker.actor.load_weights.remote(ref)
+        worker.state, worker.since, worker.loading = "loading", time.monotonic(), self.weights.version
+        worker.awaited = worker.actor.load_weights.remote(what)
+
+    def _load_late(self, worker: Worker) -> None:
+        """For a worker that was not there when the current weights were sent, or did not get them: through the object store."""
+        assert self.weights is not None
+        if isinstance(self.weights, StoreOffer):
+            self._load(worker, self.weights.reference)
+            return
+        worker.state, worker.since, worker.awaited = "waiting", time.monotonic(), self.weights.late()
 
     def _advance(self, worker: Worker, value: Any) -> None:
         """The awaited answer of a starting or loading worker has come."""
         worker.awaited, worker.pinged = None, time.monotonic()
+        if worker.state == "waiting":
+            if value is not None:
+                self._load(worker, value[0])
+            return
         if worker.state == "starting":
-            worker.where, worker.log = f"pid {value['pid']} on {value['host']}", value.get("log")
+            worker.introduce(value)
             worker.version = value["version"]
         else:
             worker.version = value
-        if self.weights is not None and worker.version != self.weights[1]:
-            self._load(worker)
+        if self.weights is not None and worker.version != self.weights.version:
+            self._load_late(worker)
             return
         if worker.state == "starting" or worker.failures:
             log.info("%s is ready with weights of version %d", str(worker), worker.version)
@@ -209,6 +246,10 @@ class Crew:
             self.refusals[worker.loading] = type(cause)(f"{worker} refused the update: {cause}")
             worker.awaited, worker.state = None, "ready"
             return
+        if worker.state == "loading" and isinstance(cause, LinkBroken):
+            log.warning("%s did not get weights of version %d: %s; once more", str(worker), worker.loading, cause)
+            self._load_late(worker)
+            return
         self._replace(worker, f"failed while {worker.state}: {cause}")
 
     def _lost(self, job: Job, samples: Sequence[int], error: Exception, how: str) -> None:
@@ -224,6 +265,8 @@ class Crew:
         """
         missing = worker.take_back()
         was_up = worker.state == "ready"
+        if worker.state == "loading" and self.weights is not None:
+            self.weights.lost(worker.number, f"{worker} {why.partition(':')[0]}")
         error = kind(f"{worker} {why}")  # as text now: a record may be formatted when the worker is another process
         count = sum(map(len, missing.values()))
         log.error("%s; %d samples of %d requests are sent again", error, count, len(missing))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from winnow.rollout.ledger import Job
+from winnow.rollout.transport import Member
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +16,7 @@ class PoolLimits:
     """How long and how often, before something counts as broken."""
 
     request_timeout_s: float = 600.0  # since a worker got the request or last delivered anything
-    start_timeout_s: float = 300.0  # process, imports and model
+    start_timeout_s: float = 300.0  # a place in the cluster, process, imports and model
     load_timeout_s: float = 120.0  # one weight update
     ping_timeout_s: float = 45.0  # a process that is up answers a ping, whatever its engine does
     max_attempts: int = 3  # times a request may fail or be lost before its error is raised
@@ -40,7 +41,7 @@ class Sent:
 class Worker:
     number: int
     actor: Any = None
-    state: str = "starting"  # starting | loading | ready | failed
+    state: str = "starting"  # starting | loading | waiting (for weights) | ready | failed
     since: float = 0.0
     awaited: Any = None  # what the state waits for
     loading: int = -1  # the version being loaded
@@ -51,14 +52,31 @@ class Worker:
     progress: float = 0.0  # when it last delivered
     ping: Any = None  # a heartbeat that was asked for, and when the last one was asked for or answered
     pinged: float = 0.0
+    born: bool = (
+        False  # whether its process has answered a ping; until then it may be waiting for a place in the cluster
+    )
     failures: int = 0  # failed starts in a row
     where: str = "not up yet"
+    host: str = ""
+    device: str = "cpu"  # a GPU's uuid where it has one
     log: str | None = None  # the file of its error output, readable only on its own host
 
     @property
     def load(self) -> int:
         """Samples under way."""
         return len(self.sent)
+
+    def introduce(self, said: Mapping[str, Any]) -> None:
+        """Takes in what a ping answers."""
+        self.born, self.where, self.log = True, f"pid {said['pid']} on {said['host']}", said.get("log")
+        if said["version"] >= 0:  # its model is loaded, so its device is known; an older answer may come later
+            self.host, self.device = said["host"], said.get("device", "cpu")
+
+    @property
+    def member(self) -> Member:
+        """It as a transfer of weights knows it."""
+        key = self.actor._actor_id.hex()
+        return Member(number=self.number, name=str(self), key=key, host=self.host, device=self.device)
 
     def take_back(self) -> dict[Job, list[int]]:
         """The samples it has not delivered, by request, oldest first; it has none from here on."""

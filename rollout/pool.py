@@ -21,6 +21,7 @@ from winnow.rollout.arrivals import Arrivals
 from winnow.rollout.crew import Crew
 from winnow.rollout.handles import PoolLimits, Worker
 from winnow.rollout.ledger import Call, Ledger
+from winnow.rollout.offers import Offer, StoreOffer, no_room
 from winnow.rollout.schema import Request
 from winnow.rollout.weights import WeightUpdate
 from winnow.rollout.worker import RolloutWorker, WorkerSpec
@@ -73,29 +74,29 @@ class Pool:
         return self._arrivals(call)
 
     def push_weights(self, update: WeightUpdate | Any, version: int | None = None) -> dict[int, int]:
-        """Gives every worker new weights: an update, or a reference to one and its version. Returns {worker: version} once all live
-        workers have acknowledged; one that is just starting gets them before its first request. Raises the refusal of a bad update.
+        """Gives every worker new weights: an update, a reference to one and its version, or an `Offer`. Returns {worker: version} once all
+        live workers have acknowledged; one that is just starting gets them before its first request. Raises the refusal of a bad update.
         """
-        if isinstance(update, WeightUpdate):
-            version, update = update.version, _store(update)
-        if version is None:
-            raise ValueError("push_weights of a reference needs the version of the update it stands for")
+        offer = _offered(update, version)
+        version = offer.version
         limit = self.limits.load_timeout_s + self.limits.start_timeout_s
         deadline = time.monotonic() + limit
         crew = self._crew
         with self._changed:
             self._check_usable()
-            before = crew.load((update, version))
+            before = crew.load(offer)
             while True:
                 if (refusal := crew.refusals.pop(version, None)) is not None:
                     crew.weights = before
                     raise refusal
                 self._check_usable()
                 acknowledged = {w.number: w.version for w in crew.ready if w.version == version}
-                if acknowledged and all(w.state != "loading" for w in crew.workers):
+                through = offer.finished()
+                if through and acknowledged and all(w.state not in ("loading", "waiting") for w in crew.workers):
                     return acknowledged
                 if time.monotonic() > deadline:
                     slow = ", ".join(f"{w} is {w.state}" for w in crew.workers if w.version != version)
+                    slow += "" if through else "; the learner is still sending"
                     raise TimeoutError(f"weights of version {version} not acknowledged within {limit:.0f} s: {slow}")
                 self._changed.wait(_TICK_S)
 
@@ -203,6 +204,17 @@ class Pool:
                 return
 
 
+def _offered(update: Any, version: int | None) -> Offer:
+    """As an offer. ValueError for a reference without its version."""
+    if isinstance(update, WeightUpdate):
+        return StoreOffer(_store(update), update.version)
+    if hasattr(update, "begin"):
+        return update
+    if version is None:
+        raise ValueError("push_weights of a reference needs the version of the update it stands for")
+    return StoreOffer(update, version)
+
+
 def _store(update: WeightUpdate) -> Any:
     """A reference to the update; RuntimeError that says what to raise where it does not fit. Workers keep the weights they have."""
     import ray
@@ -210,7 +222,4 @@ def _store(update: WeightUpdate) -> Any:
     try:
         return ray.put(update)
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
-        raise RuntimeError(
-            f"weights of version {update.version} ({update.nbytes / 1e9:.2f} GB) do not fit into Ray's object store, nor on the disk it "
-            "spills to: give it more (ray start --object-store-memory) or free the disk"
-        ) from error
+        raise no_room(update.version, error, update.nbytes) from error

@@ -115,29 +115,33 @@ def unpack(update: WeightUpdate, verify: bool = True) -> Iterator[tuple[str, Ten
             yield entry.name, torch.frombuffer(view, dtype=dtype).reshape(entry.shape)
 
 
-def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], version: int) -> None:
-    """Overwrites every weight of `model` in place. Casts dtypes. WeightError, before anything is written, unless names and shapes match.
-
-    A tied tensor of the model may arrive under any of its names, and under all of them.
-    """
+def check_match(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
+    """WeightError unless tensors of these names and shapes are all that `model` needs, and nothing else. A tied tensor of the model may
+    come under any of its names, and under all of them."""
     targets = model.state_dict()
-    unknown = [name for name in tensors if name not in targets]
+    unknown = [name for name in shapes if name not in targets]
     if unknown:
         raise WeightError(
             f"weights of version {version}: the model has no tensor {unknown[0]!r} ({len(unknown)} unknown in all)"
         )
-    covered = {targets[name].data_ptr() for name in tensors}
-    missing = [name for name, target in targets.items() if name not in tensors and target.data_ptr() not in covered]
+    covered = {targets[name].data_ptr() for name in shapes}
+    missing = [name for name, target in targets.items() if name not in shapes and target.data_ptr() not in covered]
     if missing:
         raise WeightError(
             f"weights of version {version}: no tensor for {missing[0]!r} arrived ({len(missing)} missing in all)"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != targets[name].shape:
+    for name, shape in shapes.items():
+        if tuple(shape) != tuple(targets[name].shape):
             raise WeightError(
-                f"weights of version {version}: tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"weights of version {version}: tensor {name!r} has shape {tuple(shape)}, "
                 f"the model wants {tuple(targets[name].shape)}"
             )
+
+
+def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], version: int) -> None:
+    """Overwrites every weight of `model` in place. Casts dtypes. WeightError, before anything is written, unless `check_match`."""
+    check_match(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, version)
+    targets = model.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)

@@ -25,6 +25,8 @@ from winnow.rollout.engine import Engine, EngineConfig
 from winnow.rollout.episode import EnvironmentFactory, EpisodeRunner
 from winnow.rollout.schema import Group, Request, Trajectory
 from winnow.rollout.template import ChatTemplate
+from winnow.rollout.transfer import Receiver
+from winnow.rollout.transport import Ticket, own_device
 from winnow.rollout.weights import WeightUpdate, unpack
 
 _POLL_S = 0.02  # between two looks whether a drain is over, or a sample done
@@ -83,6 +85,16 @@ def load_update(engine: Engine, update: WeightUpdate) -> int:
     return engine.version
 
 
+def load_tensors(engine: Engine, tensors: Mapping[str, Any], version: int) -> int:
+    """Overwrites the engine's weights with tensors that were verified, which may be freed afterwards. Returns the version now in use."""
+    engine.load_weights(tensors, version)
+    if engine.device.type == "cuda":
+        import torch
+
+        torch.cuda.current_stream().synchronize()  # they were made on another stream
+    return engine.version
+
+
 def drained(engine: Engine, version: int, since: float) -> bool:
     """Whether the samples that had begun are done. TimeoutError for an update that has waited too long for them, monotonic `since`."""
     if engine.drained:
@@ -98,7 +110,8 @@ def drained(engine: Engine, version: int, since: float) -> bool:
 
 
 class RolloutWorker:
-    """All methods but `__init__` are coroutines: a Ray actor runs any number of them at once."""
+    """All methods but `__init__` are coroutines: a Ray actor runs any number of them at once. The model is loaded by the engine's thread,
+    so that `ping` answers from the first moment on; every other call waits for it."""
 
     def __init__(self, spec: WorkerSpec, number: int, driver_version: str) -> None:
         import torch
@@ -111,21 +124,37 @@ class RolloutWorker:
             )
         self.number, self.threads = number, spec.threads
         torch.set_num_threads(spec.threads)
-        self.runner = build_runner(spec)
+        self.spec, self.device = spec, "cpu"
+        self.receiver, self._receiving = Receiver(), asyncio.Lock()
+        self._built: Future[EpisodeRunner] = Future()
+        self._built.set_running_or_notify_cancel()  # nobody who waits for it may cancel it
+        if spec.kind == "vllm":  # which wants the main thread, for signal handlers
+            self._build()
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self._results: dict[str, Future] = {}
         self._outbox: queue.SimpleQueue[tuple[int, tuple[Trajectory, ...] | Exception]] = queue.SimpleQueue()
         threading.Thread(target=self._drive, name="winnow-engine", daemon=True).start()
 
     async def ping(self) -> dict[str, Any]:
-        """Who this is. Answers while the engine works."""
+        """Who this is. Answers while the model is loaded (the version is -1 then) and while the engine works."""
         return {
             "worker": self.number,
             "pid": os.getpid(),
             "host": os.uname().nodename,
             "log": log_file(),
-            "version": self.runner.engine.version,
+            "version": self.runner.engine.version if self._built.done() else -1,
+            "device": self.device,
         }
+
+    async def ready(self) -> dict[str, Any]:
+        """As `ping`, once the model is loaded. Raises what went wrong with it."""
+        await asyncio.wrap_future(self._built)
+        return await self.ping()
+
+    @property
+    def runner(self) -> EpisodeRunner:
+        """Waits for the model."""
+        return self._built.result()
 
     async def generate(self, requests: Sequence[Request]) -> list[Group]:
         """Samples the requests together with whatever else is running here; all groups, in the order of the requests."""
@@ -149,33 +178,41 @@ class RolloutWorker:
         """Drops requests, by `Request.key`; their `generate` calls raise."""
         await self._call(lambda: self._cancel(keys))
 
-    async def load_weights(self, update: WeightUpdate) -> int:
-        """The version in use afterwards. With on_update drain, the samples that have begun end first and no other begins; TimeoutError,
-        and they go on, when that takes longer than drain_timeout_s."""
-        engine = self.runner.engine
+    async def load_weights(self, update: WeightUpdate | Ticket) -> int:
+        """The version in use afterwards. Generation goes on while the weights of a ticket travel. With on_update drain, the samples that
+        have begun end then and no other begins; TimeoutError, and they go on, when that takes longer than drain_timeout_s."""
+        await self.ready()
+        engine, version = self.runner.engine, update.version
+        if isinstance(update, Ticket):
+            async with self._receiving:
+                tensors = await asyncio.to_thread(self.receiver.receive, update, engine.model)
+            load = partial(load_tensors, engine, tensors, version)
+        else:
+            load = partial(load_update, engine, update)
         if engine.config.on_update == "recompute":
-            return await self._call(lambda: load_update(engine, update))
+            return await self._call(load)
         since = time.monotonic()
         await self._call(engine.drain)
         try:
-            while not await self._call(lambda: drained(engine, update.version, since)):
+            while not await self._call(lambda: drained(engine, version, since)):
                 await asyncio.sleep(_POLL_S)
-            return await self._call(lambda: load_update(engine, update))
+            return await self._call(load)
         finally:
             await self._call(engine.resume)
 
     async def pause(self) -> None:
         """Stops generating at this token; requests may still come."""
-        await self._call(self.runner.engine.pause)
+        await self._call(lambda: self.runner.engine.pause())
 
     async def resume(self) -> None:
-        await self._call(self.runner.engine.resume)
+        await self._call(lambda: self.runner.engine.resume())
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """The engine's own log-probabilities of given tokens: the rollout side of a parity check."""
         return await self._call(lambda: [self.runner.engine.score(tokens, temperature) for tokens in sequences])
 
     async def stats(self) -> dict[str, int]:
+        await self.ready()
         return self.runner.engine.stats
 
     def _call(self, function: Callable[[], Any]) -> asyncio.Future:
@@ -204,11 +241,25 @@ class RolloutWorker:
             if (future := self._results.pop(key, None)) is not None:
                 _resolve(future, RuntimeError(f"request {key!r} was cancelled"))
 
+    def _build(self) -> None:
+        """Loads the model; what goes wrong is for whoever asks."""
+        try:
+            runner = build_runner(self.spec)
+            self.device = own_device(self.spec.device)
+        except Exception as error:
+            self._built.set_exception(error)
+        else:
+            self._built.set_result(runner)
+
     def _drive(self) -> None:
         """The engine's thread: calls first, then one step, for as long as the process lives."""
         import torch
 
         torch.set_num_threads(self.threads)
+        if not self._built.done():
+            self._build()
+        while (error := self._built.exception()) is not None:
+            _resolve(self._inbox.get()[1], error)
         while True:
             while not (self._inbox.empty() and self.runner.has_work):
                 try:

@@ -14,7 +14,8 @@ from winnow.models import attach
 from winnow.models.indexer import IndexerConfig
 from winnow.models.load import save
 from winnow.rl import cluster as clusters
-from winnow.rl.config import Config, make_config
+from winnow.rl import placement, remote_learner
+from winnow.rl.config import Config, ConfigError, make_config
 from winnow.rollout.weights import unpack
 
 
@@ -49,7 +50,7 @@ def test_bundles_follow_the_config(tmp_path: Path) -> None:
     config = config_for(
         tmp_path, "rollout.workers=2", "rollout.threads=3", "cluster.worker_gpus=1", "learner.threads=4"
     )
-    assert clusters.bundles(config) == [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
+    assert placement.bundles(config) == [{"CPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
 
 
 @pytest.mark.parametrize(
@@ -67,15 +68,15 @@ def test_an_impossible_placement_is_refused_before_ray_starts(
 ) -> None:
     import ray
 
-    monkeypatch.setattr(clusters, "count_gpus", lambda: 2)
+    monkeypatch.setattr(placement, "count_gpus", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
-    with pytest.raises(clusters.ConfigError) as error, clusters.connect(config_for(tmp_path, *overrides)):
+    with pytest.raises(ConfigError) as error, clusters.connect(config_for(tmp_path, *overrides)):
         pass
     assert message in str(error.value)
-    clusters.check_placement(config_for(tmp_path, "cluster.learner_gpus=1", "cluster.worker_gpus=1"))  # fits
+    placement.check_placement(config_for(tmp_path, "cluster.learner_gpus=1", "cluster.worker_gpus=1"))  # fits
     joined = config_for(tmp_path, "cluster.learner_gpus=64", "cluster.address=auto")
-    clusters.check_placement(joined)  # for the cluster to say
+    placement.check_placement(joined)  # for the cluster to say
 
 
 @pytest.mark.slow
@@ -140,7 +141,9 @@ def test_two_ranks_train_as_one_and_a_killed_one_is_named(tmp_path: Path, monkey
         assert losses[-1] < losses[0]
         learner.save(tmp_path / "saved")
         ray.kill(learner.actors[1])
-        with pytest.raises(clusters.LearnerDied, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"):
+        with pytest.raises(
+            remote_learner.LearnerDied, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"
+        ):
             learner.sft_step([(tokens, tokens > 5)] * 3, 4)
         assert not cluster.alive
         deadline = time.monotonic() + 60

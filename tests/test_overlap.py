@@ -15,12 +15,13 @@ import pytest
 from pipelines import pipeline_config
 
 from winnow.rl import overlap
-from winnow.rl.cluster import Cluster, LearnerDied, worker_spec
+from winnow.rl.cluster import Cluster, worker_spec
 from winnow.rl.config import Config, ConfigError, make_config
 from winnow.rl.learner import Learner
 from winnow.rl.manifest import Manifest
 from winnow.rl.overlap import Job, Lanes, run_jobs
 from winnow.rl.pipeline import Pipeline
+from winnow.rl.remote_learner import LearnerDied
 from winnow.rollout.local_pool import LocalPool
 
 

@@ -120,6 +120,8 @@ def fake_worker_class():
             log = os.path.realpath("/proc/self/fd/2")
             return {"worker": self.number, "pid": os.getpid(), "host": "here", "version": self.version, "log": log}
 
+        ready = ping
+
         async def generate(self, requests):
             groups = []
             for request in requests:

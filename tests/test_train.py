@@ -24,11 +24,12 @@ from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, save
 from winnow.rl import train as driver
 from winnow.rl.checkpoints import list_checkpoints, read_checkpoint
-from winnow.rl.cluster import Cluster, LearnerDied
+from winnow.rl.cluster import Cluster
 from winnow.rl.config import Config, ConfigError, load_config, make_config
 from winnow.rl.interrupts import Interrupts
 from winnow.rl.learner import Learner
 from winnow.rl.metrics import engine_metrics
+from winnow.rl.remote_learner import LearnerDied
 from winnow.rl.sampler import TaskSampler, domain_tasks
 from winnow.rl.train import train
 from winnow.rollout import records

@@ -1,0 +1,160 @@
+"""Buckets by a broadcast: one process group of the learner's first rank and the engines, apart from every other group of theirs.
+
+On GPUs its backend is NCCL, on CPUs gloo; the code is the same. A group stays together over transfers until one breaks or a member is
+replaced. NCCL does not notice a member's death: so every wait looks at the clock, and a group that is given up is aborted.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from winnow.rollout.transport import Channel, LinkBroken
+
+Result = TypeVar("Result")
+_POLL_S = 5e-5
+
+
+class Group:
+    """Rank 0 sends, the others receive. Raises LinkBroken unless all `world` members come within `stall_s`."""
+
+    def __init__(self, name: str, address: str, rank: int, world: int, device: torch.device, stall_s: float) -> None:
+        self.name, self.device, self.stall_s = name, device, stall_s
+        self._group = within(
+            stall_s, f"group {name} of {world}", lambda: make_group(name, address, rank, world, device, stall_s)
+        )
+        try:
+            first = torch.zeros(1, dtype=torch.int64, device=device)
+            within(stall_s, f"group {name} of {world}", lambda: self.wait(self.start(first)))
+        except LinkBroken:
+            self.abort()
+            raise
+
+    def start(self, data: Tensor) -> Any:
+        """Begins a broadcast of `data` from rank 0. Nobody touches `data` before `wait`."""
+        try:
+            return self._group.broadcast(data, 0)
+        except RuntimeError as error:
+            raise LinkBroken(f"the broadcast of group {self.name} failed: {error}") from error
+
+    def wait(self, work: Any) -> None:
+        """Returns when the broadcast is done. LinkBroken when that takes longer than `stall_s`, or a member is gone."""
+        deadline = time.monotonic() + self.stall_s
+        try:
+            if self.device.type == "cpu":
+                work.wait(timedelta(seconds=self.stall_s))
+                return
+            while not work.is_completed():
+                if time.monotonic() > deadline:
+                    raise LinkBroken(f"the broadcast of group {self.name} made no progress for {self.stall_s:.0f} s")
+                time.sleep(_POLL_S)
+            work.wait()  # the current stream after it
+        except LinkBroken:
+            raise
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            raise LinkBroken(f"the broadcast of group {self.name} failed: {text}") from error
+
+    def abort(self) -> None:
+        """Ends it at once, whatever runs. Its destruction may wait for what it has under way: a thread of its own does that."""
+        group, self._group = self._group, None
+
+        def end(group: Any) -> None:
+            with suppress(Exception):  # there is nobody left to tell
+                group.abort()
+
+        threading.Thread(target=end, args=(group,), name="winnow-group-end", daemon=True).start()
+
+
+def make_group(name: str, address: str, rank: int, world: int, device: torch.device, stall_s: float) -> Any:
+    """The bare process group, on a connection of its own: a group may use it from other threads."""
+    store = torch.distributed.PrefixStore(f"group/{name}", Channel(address).store)
+    limit = timedelta(seconds=stall_s)
+    if device.type == "cpu":
+        return torch.distributed.ProcessGroupGloo(store, rank, world, limit)
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    with environment(NCCL_NVLS_ENABLE="0", TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+        return torch.distributed.ProcessGroupNCCL(store, rank, world, options)
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """For NCCL, which reads it when a group is made: without NVLink multicast, and a broken group must not end the engine's process.
+    Every other group of this process keeps its settings."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def within(seconds: float, what: str, function: Callable[[], Result]) -> Result:
+    """The function's result, computed by a thread that is left behind where it takes longer: LinkBroken then, and for any error of it."""
+    box: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            box["result"] = function()
+        except Exception as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=run, name="winnow-bounded", daemon=True)
+    thread.start()
+    thread.join(seconds + 1.0)  # the function's own limits come first, and say more
+    if "error" in box:
+        error = box["error"]
+        raise error if isinstance(error, LinkBroken) else LinkBroken(f"{what}: {error}") from error
+    if "result" not in box:
+        raise LinkBroken(f"{what} was not complete within {seconds:.0f} s")
+    return box["result"]
+
+
+class BroadcastSender:
+    """The sending end of one transfer: two buffers, one is filled while the other travels."""
+
+    def __init__(self, group: Group, num_buckets: int) -> None:
+        self.group = group
+        self.sums = torch.zeros(max(num_buckets, 1), 2, dtype=torch.int64, device=group.device)
+        self._works: dict[int, Any] = {}
+
+    def free(self, number: int) -> None:
+        """Waits until the buffer of bucket `number` may be filled."""
+        if number - 2 in self._works:
+            self.group.wait(self._works.pop(number - 2))
+
+    def send(self, number: int, bucket: Tensor, sums: Callable[[Tensor], Tensor]) -> None:
+        self._works[number] = self.group.start(bucket)
+        self.sums[number] = sums(bucket)
+
+    def finish(self) -> None:
+        for number in sorted(self._works):
+            self.group.wait(self._works.pop(number))
+        self.group.wait(self.group.start(self.sums))
+
+
+def receive(group: Group, buckets: list[Tensor], sums: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Fills the buckets. Checksums as they were sent and as they arrived, int64 [num_buckets, 2] each."""
+    sent = torch.zeros(max(len(buckets), 1), 2, dtype=torch.int64, device=group.device)
+    arrived = torch.zeros_like(sent)
+    works = [group.start(bucket) for bucket in buckets[:1]]
+    for number, bucket in enumerate(buckets):
+        if number + 1 < len(buckets):  # before the checksum of this one, which it need not wait for
+            works.append(group.start(buckets[number + 1]))
+        group.wait(works[number])
+        arrived[number] = sums(bucket)
+    group.wait(group.start(sent))
+    return sent, arrived

@@ -1,0 +1,251 @@
+"""Weights that travel as a stream of buckets, from a learner's process straight into the engines': what both ends agree on.
+
+    learner: Layout ──────── checked by every engine against its own model: an unknown, missing or misshapen tensor ends it here
+             tensors -> one stream of bytes, cut into buckets -> checksum, bucket -> engine: staging -> checksum -> switch to `version`
+
+A bucket travels by CUDA IPC (ipc.py) or by a broadcast (broadcast.py); everything said beside it goes through a `Channel`. An engine stages
+a whole update in memory of its own and compares the checksums before its model sees a byte: a transfer that breaks or arrives damaged
+leaves it with the weights it has. Every wait is bounded; whoever gives up says why, and the others stop waiting for it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.rollout.weights import WeightError
+
+ALIGN = 16  # bytes: a view of any dtype can start at every offset
+GRACE_S = 5.0  # for the others' last words, once something has gone wrong
+_LISTEN_S = 0.5  # between two looks whether somebody has given up
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 1e-4, 1e-2  # between two looks for what is waited for: longer and longer
+_ROW = 512  # 8-byte words of a row of the checksum's matrix
+
+
+class LinkBroken(RuntimeError):
+    """A transfer that ended early through no fault of the weights: whoever did not get them may be sent them again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One tensor of the stream: `nbytes` bytes at `offset`, a multiple of 16. dtype: a torch dtype's name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the tensors of one version lie in a stream of `nbytes` bytes that travels in buckets of `bucket_bytes`."""
+
+    version: int
+    pieces: tuple[Piece, ...]
+    nbytes: int
+    bucket_bytes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], version: int, bucket_bytes: int) -> Layout:
+        """Of tensors in their order; those split over ranks count whole."""
+        if bucket_bytes < ALIGN or bucket_bytes % ALIGN:
+            raise ValueError(f"a bucket of {bucket_bytes} bytes is no multiple of {ALIGN}: set cluster.bucket_mb >= 1")
+        pieces, offset = [], 0
+        for name, tensor in tensors.items():
+            nbytes = tensor.numel() * tensor.element_size()
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            pieces.append(Piece(name=name, shape=tuple(tensor.shape), dtype=dtype, offset=offset, nbytes=nbytes))
+            offset += -(-nbytes // ALIGN) * ALIGN
+        return cls(version=version, pieces=tuple(pieces), nbytes=offset, bucket_bytes=bucket_bytes)
+
+    @classmethod
+    def read(cls, text: str) -> Layout:
+        values = json.loads(text)
+        pieces = tuple(Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in values.pop("pieces"))
+        return cls(pieces=pieces, **values)
+
+    def write(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def num_buckets(self) -> int:
+        return -(-self.nbytes // self.bucket_bytes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {piece.name: piece.shape for piece in self.pieces}
+
+    def span(self, bucket: int) -> slice:
+        """The bytes of the stream that the bucket holds."""
+        begin = bucket * self.bucket_bytes
+        return slice(begin, min(begin + self.bucket_bytes, self.nbytes))
+
+    def inside(self, bucket: int) -> list[str]:
+        """The names of the tensors with bytes in the bucket."""
+        span = self.span(bucket)
+        return [p.name for p in self.pieces if p.nbytes and p.offset < span.stop and p.offset + p.nbytes > span.start]
+
+    def tensors(self, stream: Tensor) -> dict[str, Tensor]:
+        """The tensors, as views of the stream (uint8 [nbytes])."""
+        found = {}
+        for piece in self.pieces:
+            dtype = getattr(torch, piece.dtype)
+            flat = stream[piece.offset : piece.offset + piece.nbytes]
+            empty = torch.empty(piece.shape, dtype=dtype, device=stream.device)
+            found[piece.name] = flat.view(dtype).view(piece.shape) if piece.nbytes else empty
+        return found
+
+
+def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(number, bytes) of each bucket of the stream, in order. free(number): a uint8 buffer of `bucket_bytes` that may be overwritten now."""
+    number, buffer = 0, free(0) if layout.nbytes else torch.empty(0, dtype=torch.uint8)
+    for piece, tensor in zip(layout.pieces, tensors, strict=True):
+        rest, at = (
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8) if piece.nbytes else buffer[:0],
+            piece.offset,
+        )
+        while rest.numel():
+            if at // layout.bucket_bytes > number:
+                yield number, buffer
+                number += 1
+                buffer = free(number)
+            inside = at - number * layout.bucket_bytes
+            part = rest[: layout.bucket_bytes - inside]
+            buffer[inside : inside + part.numel()].copy_(part)
+            at, rest = at + part.numel(), rest[part.numel() :]
+    if layout.nbytes:
+        yield number, buffer[: layout.nbytes - number * layout.bucket_bytes]
+
+
+def checksum(data: Tensor) -> Tensor:
+    """int64 [2] of bytes (uint8 [n], n a multiple of 16): sums modulo 2^64 of its 8-byte words, by rows and by columns of a matrix, each
+    weighed by an odd number of its own. Any change within one word changes both, in whatever order the device adds."""
+    words = data.view(torch.int64)
+    whole = words.numel() // _ROW * _ROW
+    matrix, rest = words[:whole].view(-1, _ROW), words[whole:]
+    columns = matrix.sum(0)
+    columns[: rest.numel()] += rest * _weights(1, data.device, shift=7)
+    rows = torch.cat([matrix.sum(1), rest.sum().view(1)])
+    return torch.stack([(sums * _weights(len(sums), data.device)).sum() for sums in (rows, columns)])
+
+
+def _weights(count: int, device: torch.device, shift: int = 0) -> Tensor:
+    """`count` odd numbers, well spread over 64 bits."""
+    numbers = torch.arange(shift, shift + count, device=device, dtype=torch.int64)
+    return (numbers * -0x61C8864680B583EB) ^ (numbers << 17) | 1
+
+
+def check_sums(layout: Layout, sent: Tensor, arrived: Tensor) -> None:
+    """sent, arrived: int64 [num_buckets, 2]. WeightError for the first bucket that differs, with both checksums."""
+    bad = (sent.cpu() != arrived.cpu()).any(1).nonzero().flatten().tolist()
+    if bad:
+        names = layout.inside(bad[0])
+        raise WeightError(
+            f"weights of version {layout.version}: bucket {bad[0]} of {layout.num_buckets} (tensors {names[0]!r} to {names[-1]!r}) arrived "
+            f"with checksum {written(arrived[bad[0]])}, sent with {written(sent[bad[0]])} ({len(bad)} buckets differ); it was damaged on "
+            "the way and nothing of this update is used: send it again"
+        )
+
+
+def written(sums: Tensor) -> str:
+    """A checksum as 32 hex digits."""
+    return "".join(f"{value % (1 << 64):016x}" for value in sums.tolist())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One worker that takes part in a transfer. name: as errors call it; key: of this incarnation; device: a GPU's uuid, or cpu."""
+
+    number: int
+    name: str
+    key: str
+    host: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ticket:
+    """What one engine must know to take part: the channel's address, its `rank` among `world` (0 is the learner), and how long to wait."""
+
+    kind: str  # ipc | nccl
+    version: int
+    address: str  # host:port
+    session: str  # of this transfer
+    group: str  # of the processes that stay together over transfers
+    rank: int
+    world: int
+    wait_s: float  # until everybody is there
+    stall_s: float  # without progress from then on, before the transfer is given up
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What one sending rank of the learner must do. members: of ranks 1, 2, ..."""
+
+    ticket: Ticket
+    members: tuple[Member, ...]
+
+
+class Channel:
+    """Short texts between the ends of a transfer, over a TCP store that the learner's process keeps. Not for two threads at once."""
+
+    def __init__(self, address: str, host: bool = False, connect_s: float = 20.0) -> None:
+        name, _, port = address.rpartition(":")
+        try:
+            self.store = torch.distributed.TCPStore(
+                name, int(port), is_master=host, wait_for_workers=False, timeout=timedelta(seconds=connect_s)
+            )
+        except Exception as error:  # of several classes
+            raise LinkBroken(f"no connection to the learner at {address}: {error}") from error
+        self.address = f"{name}:{self.store.port}"
+
+    def say(self, key: str, text: str) -> None:
+        try:
+            self.store.set(key, text)
+        except Exception as error:
+            raise LinkBroken(f"{key!r} could not be said at {self.address}: {error}") from error
+
+    def hear(self, key: str, seconds: float, who: str, session: str = "") -> str:
+        """The text, once `who` has said it. LinkBroken when it does not come within `seconds`, or somebody has stopped the session."""
+        begin, pause, looked = time.monotonic(), _FIRST_PAUSE_S, 0.0
+        while not self._said(key):  # a blocking wait of the store's would write a warning at every timeout
+            now = time.monotonic()
+            if session and now - looked > _LISTEN_S:
+                looked = now
+                self.check(session)
+            if now - begin > seconds:
+                raise LinkBroken(f"{who} said nothing for {seconds:.0f} s ({key})")
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LAST_PAUSE_S)
+        return self.store.get(key).decode()
+
+    def check(self, session: str) -> None:
+        """LinkBroken where somebody has given the session up."""
+        if self._said(f"{session}/stop"):
+            raise LinkBroken(self.store.get(f"{session}/stop").decode())
+
+    def forget(self, keys: list[str]) -> None:
+        """Drops what was said, where this process keeps the store."""
+        for key in keys:
+            self.store.delete_key(key)
+
+    def _said(self, key: str) -> bool:
+        try:
+            return bool(self.store.check([key]))
+        except torch.distributed.DistError as error:
+            raise LinkBroken(f"the channel at {self.address} is gone: {error}") from error
+
+
+def own_device(device: Any) -> str:
+    """What tells this process's device from others of its host: a GPU's uuid, or cpu."""
+    if torch.device(device).type != "cuda":
+        return "cpu"
+    return str(torch.cuda.get_device_properties(torch.device(device)).uuid)
