@@ -141,7 +141,9 @@ def test_two_ranks_train_as_one_and_a_killed_one_is_named(tmp_path: Path, monkey
         assert losses[-1] < losses[0]
         learner.save(tmp_path / "saved")
         ray.kill(learner.actors[1])
-        with pytest.raises(remote_learner.LearnerDied, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"):
+        with pytest.raises(
+            remote_learner.LearnerDied, match=r"(?s)learner's rank 1 of 2 died during sft_step.*resume=true"
+        ):
             learner.sft_step([(tokens, tokens > 5)] * 3, 4)
         assert not cluster.alive
         deadline = time.monotonic() + 60
