@@ -1,11 +1,13 @@
 """Which stages of a pipeline are done, and from what: manifest.json. A stage whose inputs did not change is not done twice.
 
-stages.jsonl beside it is the history, a line an event: every time a stage began, and every time one was done. A stage that was killed has
-more beginnings than ends; two ends with one key would be a stage done twice.
+stages.jsonl beside it is the history, a line an event: every time a stage began, was stopped by an error or Ctrl-C, or was done. A stage
+that was killed has more beginnings than ends; two `done` with one key would be a stage done twice. A stage's seconds are those of all its
+attempts but the ones that were killed, which nobody could note.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,8 +49,12 @@ class Manifest:
                 del self.notes[name]
         begin = time.monotonic()
         self._event(name, key, "begin")
-        output = json.loads(json.dumps(make()))  # as a later run will read it: lists, not tuples
-        seconds = time.monotonic() - begin
+        try:
+            output = json.loads(json.dumps(make()))  # as a later run will read it: lists, not tuples
+        except BaseException:
+            self._event(name, key, "stopped", seconds=round(time.monotonic() - begin, 1))
+            raise
+        seconds = time.monotonic() - begin + self._stopped(name, key)
         with self._lock:
             self.notes[name] = {
                 "key": key,
@@ -77,6 +83,21 @@ class Manifest:
         line = {"time": round(time.time(), 3), "stage": stage, "key": key, "event": event, **more}
         with self._lock, (self.path.parent / HISTORY).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _stopped(self, stage: str, key: str) -> float:
+        """Seconds that this stage took before, in attempts that were stopped: an RL run goes on where it was, and cost them too."""
+        own = [event for event in self._history() if event["stage"] == stage and event["key"] == key]
+        last = max((number for number, event in enumerate(own) if event["event"] == "done"), default=-1)
+        return sum(event["seconds"] for event in own[last + 1 :] if event["event"] == "stopped")
+
+    def _history(self) -> list[dict[str, Any]]:
+        file, events = self.path.parent / HISTORY, []
+        with self._lock:
+            lines = file.read_text().splitlines() if file.is_file() else []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the machine went down in the middle of this line
+                events.append(json.loads(line))
+        return events
 
     def key(self, inputs: Mapping[str, Any]) -> str:
         """16 hex digits of the inputs and of the code's version."""

@@ -10,8 +10,10 @@ import pytest
 from pipelines import Here, pipeline_config
 
 from winnow.rl import budget
+from winnow.rl import manifest as manifests
 from winnow.rl.budget import CONTROL, MARGIN, Budget, least, weights
 from winnow.rl.config import ConfigError
+from winnow.rl.manifest import Manifest
 from winnow.rl.pipeline import Pipeline
 
 STAGES = [
@@ -95,3 +97,34 @@ def test_without_time_every_stage_makes_one_update_and_all_is_evaluated(babbler:
 def test_seconds_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"seconds is 0(\.0)?, but it must be > 0"):
         pipeline_config(tmp_path, tmp_path / "m", "seconds=0")
+
+
+def test_a_stopped_attempt_counts_to_the_cost_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(manifests.time, "monotonic", lambda: now)
+
+    def takes(seconds: float, fails: bool = False) -> Any:
+        def make() -> dict[str, Any]:
+            nonlocal now
+            now += seconds
+            if fails:
+                raise KeyboardInterrupt
+            return {}
+
+        return make
+
+    def stage(key: int, make: Any) -> float:
+        manifest = Manifest(tmp_path, "1", lambda text: None, gpus=2.0)
+        manifest.stage("a", {"key": key}, make)
+        assert manifest.spent("a") == 2 * manifest.notes["a"]["seconds"]
+        return float(manifest.notes["a"]["seconds"])
+
+    for key in (1, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            stage(key, takes(5.0, fails=True))
+    with (tmp_path / "stages.jsonl").open("a") as file:
+        file.write('{"time": 1, "sta\n')
+    assert stage(1, takes(3.0)) == 13.0, "both attempts with these inputs, and not the one with others"
+    assert stage(2, takes(1.0)) == 6.0
+    (tmp_path / "manifest.json").unlink()
+    assert stage(2, takes(4.0)) == 4.0, "done anew: what was spent before the last time is over"

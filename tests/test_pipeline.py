@@ -60,7 +60,7 @@ def finished(babbler: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 STAGES = [
-    "convert", "specialist-lookup", "specialist-sums", "data-lookup", "data-sums", "student", "mixed", "evaluation-base",
+    "convert", "evaluation-base", "specialist-lookup", "specialist-sums", "data-lookup", "data-sums", "student", "mixed",
     "evaluation-specialist-lookup", "evaluation-specialist-sums", "evaluation-student", "evaluation-mixed", "evaluation-mixed-random",
     "evaluation-mixed-recent",
 ]  # fmt: skip
