@@ -19,26 +19,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 OWN, ROW, LAYER = 0, 1, 2  # what a row's list is a difference to: nothing, the row before, the layer before
-_CELLS = 1 << 23  # rows x positions of one block: a byte each
+_CELLS = 1 << 23  # layers x rows x positions of one block: a byte each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedSets:
-    """`shape` [layers, rows, k] of `dtype`, row 0 being the query at position `first`. `heads` per layer: zlib of modes uint8 [rows] and
-    list lengths uint32 [rows], bytes of like weight together; `unary`, `low`: bits per layer. Or `raw`, zlib of the array itself."""
+    """`shape` [layers, rows, k] of `dtype`, row 0 being the query at position `first`. `heads`: zlib of modes uint8 [layers * rows] and list
+    lengths uint32 [layers * rows], bytes of like weight together; `unary`, `low`: bits, layer after layer. Or `raw`, zlib of the array."""
 
     shape: tuple[int, int, int]
     dtype: str
     first: int
-    heads: tuple[bytes, ...] = ()
-    unary: tuple[bytes, ...] = ()
-    low: tuple[bytes, ...] = ()
+    heads: bytes = b""
+    unary: bytes = b""
+    low: bytes = b""
     raw: bytes | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all streams; the few of the shape are not counted."""
-        return len(self.raw or b"") + sum(len(part) for parts in (self.heads, self.unary, self.low) for part in parts)
+        return sum(len(part) for part in (self.raw or b"", self.heads, self.unary, self.low))
 
 
 def pack_sets(indices: np.ndarray, first: int) -> PackedSets:
@@ -48,69 +48,73 @@ def pack_sets(indices: np.ndarray, first: int) -> PackedSets:
     if not indices.size or not _plain(indices, first):
         return replace(empty, raw=zlib.compress(np.ascontiguousarray(indices).tobytes(), 1))
     modes = np.zeros((layers, rows), dtype=np.uint8)
-    lists: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(layers)]  # per block: (lengths, positions)
-    carried: list[np.ndarray | None] = [None] * layers  # the last row of the block before
-    for begin, end in _blocks(rows, first):
-        above: np.ndarray | None = None
-        for layer in range(layers):
-            bits = _matrix(indices[layer, begin:end], first + end)
-            before = np.concatenate([_row(carried[layer], bits.shape[1]), bits[:-1]])
-            choices = [bits, bits ^ before] + ([bits ^ above] if above is not None else [])
-            sizes = np.stack([choice.sum(1, dtype=np.int64) for choice in choices])
-            best = (
-                len(choices) - 1 - sizes[::-1].argmin(0)
-            )  # the last of equals: a shared layer's rows all get one mode
-            chosen = np.where((best == OWN)[:, None], bits, choices[ROW])
-            if above is not None:
-                chosen = np.where((best == LAYER)[:, None], choices[LAYER], chosen)
-            modes[layer, begin:end] = best
-            lists[layer].append((sizes[best, np.arange(end - begin)], np.nonzero(chosen)[1]))
-            carried[layer], above = bits[-1:], bits
-    heads, unary, low = [], [], []
-    seen = first + 1 + np.arange(rows)
-    for layer in range(layers):
-        lengths = np.concatenate([part for part, _ in lists[layer]])
-        positions = np.concatenate([part for _, part in lists[layer]])
-        head = np.concatenate([modes[layer], lengths.astype("<u4").view(np.uint8).reshape(-1, 4).T.ravel()])
-        heads.append(zlib.compress(head.tobytes(), 6))
-        ones, rest = _rice(positions, lengths, seen)
-        unary.append(ones)
-        low.append(rest)
-    return replace(empty, heads=tuple(heads), unary=tuple(unary), low=tuple(low))
+    lengths = np.zeros((layers, rows), dtype=np.int64)
+    parts: list[list[np.ndarray]] = []  # of each block, of each layer: positions
+    carried: np.ndarray | None = None  # the last row of the block before
+    for begin, end in _blocks(layers, rows, first):
+        bits = _matrix(indices[:, begin:end], first + end)
+        listed, modes[:, begin:end], lengths[:, begin:end] = _shortest(bits, _rows(carried, bits))
+        sizes = lengths[:, begin:end]
+        flat = np.flatnonzero(listed)
+        positions = flat - np.repeat(np.arange(sizes.size) * bits.shape[2], sizes.ravel())
+        parts.append(np.split(positions, np.cumsum(sizes.sum(1))[:-1]))
+        carried = bits[:, -1:]
+    positions = np.concatenate([part for layer in zip(*parts, strict=True) for part in layer])
+    columns = lengths.astype("<u4").ravel().view(np.uint8).reshape(-1, 4).T
+    head = zlib.compress(np.concatenate([modes.ravel(), columns.ravel()]).tobytes(), 6)
+    unary, low = _rice(positions, lengths.ravel(), np.tile(first + 1 + np.arange(rows), layers))
+    return replace(empty, heads=head, unary=unary, low=low)
+
+
+def _shortest(bits: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sets uint8 [layers, rows, positions] and the rows before them [layers, 1, positions] -> the shortest list of each row as a set of
+    positions, its mode and its length [layers, rows]. Of equals the last mode: a shared layer's rows all get one."""
+    by_row = bits ^ np.concatenate([before, bits[:, :-1]], axis=1)
+    by_layer = bits[1:] ^ bits[:-1]
+    sizes = np.full((3, *bits.shape[:2]), np.iinfo(np.int64).max)
+    sizes[OWN], sizes[ROW], sizes[LAYER, 1:] = (x.sum(-1, dtype=np.int64) for x in (bits, by_row, by_layer))
+    best = 2 - sizes[::-1].argmin(0)
+    own, layer = best == OWN, best[1:] == LAYER
+    by_row[own] = bits[own]
+    by_row[1:][layer] = by_layer[layer]
+    return by_row, best, np.take_along_axis(sizes, best[None], 0)[0]
 
 
 def unpack_sets(packed: PackedSets, num_rows: int | None = None) -> np.ndarray:
     """The array that was packed, bit for bit; its first `num_rows` rows where a number is given."""
-    layers, rows, k = packed.shape
+    layers, every, k = packed.shape
     dtype = np.dtype(packed.dtype)
-    rows = rows if num_rows is None else min(rows, num_rows)
+    rows = every if num_rows is None else min(every, num_rows)
     if packed.raw is not None:
         return np.frombuffer(zlib.decompress(packed.raw), dtype=dtype).reshape(packed.shape)[:, :rows].copy()
+    head = np.frombuffer(zlib.decompress(packed.heads), dtype=np.uint8).reshape(5, -1)
+    modes = head[0].reshape(layers, every)
+    lengths = np.ascontiguousarray(head[1:].T).view("<u4").ravel().astype(np.int64)
+    positions = _unrice(packed.unary, packed.low, lengths, np.tile(packed.first + 1 + np.arange(every), layers))
+    starts = (np.cumsum(lengths) - lengths).reshape(layers, every)
+    lengths = lengths.reshape(layers, every)
     result = np.full((layers, rows, k), np.iinfo(dtype).max, dtype=dtype)
-    seen = packed.first + 1 + np.arange(packed.shape[1])
-    modes, starts, positions = [], [], []
-    for layer in range(layers):
-        head = np.frombuffer(zlib.decompress(packed.heads[layer]), dtype=np.uint8).reshape(5, -1)
-        lengths = np.ascontiguousarray(head[1:].T).view("<u4").ravel().astype(np.int64)
-        modes.append(head[0])
-        starts.append(np.concatenate([[0], np.cumsum(lengths)]))
-        positions.append(_unrice(packed.unary[layer], packed.low[layer], lengths, seen))
-    carried: list[np.ndarray | None] = [None] * layers
-    for begin, end in _blocks(rows, packed.first):
-        width, above = packed.first + end, None
+    carried: np.ndarray | None = None
+    for begin, end in _blocks(layers, rows, packed.first):
+        sizes, width = lengths[:, begin:end], packed.first + end
+        totals = sizes.sum(1)
+        inside = np.arange(totals.sum()) - np.repeat(np.cumsum(totals) - totals, totals)
+        entries = positions[np.repeat(starts[:, begin], totals) + inside]
+        bits = np.zeros((layers, end - begin, width), dtype=np.uint8)
+        bits.reshape(-1)[np.repeat(np.arange(sizes.size) * width, sizes.ravel()) + entries] = 1
+        before = _rows(carried, bits)
         for layer in range(layers):
-            begins = starts[layer][begin : end + 1]
-            bits = np.zeros((end - begin, width), dtype=np.uint8)
-            bits[np.repeat(np.arange(end - begin), np.diff(begins)), positions[layer][begins[0] : begins[-1]]] = 1
-            mode = modes[layer][begin:end]
-            if above is not None:
-                bits ^= above & (mode == LAYER).astype(np.uint8)[:, None]
-            bits = _resolve(bits, mode == ROW, _row(carried[layer], width))
-            row, position = np.nonzero(bits)
-            counts = np.bincount(row, minlength=end - begin)
-            place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-            result[layer, begin + row, place] = position
-            carried[layer], above = bits[-1:], bits
+            mode = modes[layer, begin:end]
+            if layer:
+                bits[layer] ^= bits[layer - 1] & (mode == LAYER).astype(np.uint8)[:, None]
+            bits[layer] = _resolve(bits[layer], mode == ROW, before[layer])
+        counts = bits.sum(-1, dtype=np.int64).ravel()
+        owner = np.repeat(np.arange(counts.size), counts)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        block = np.full((counts.size, k), np.iinfo(dtype).max, dtype=dtype)
+        block[owner, place] = np.flatnonzero(bits) - owner * width
+        result[:, begin:end] = block.reshape(layers, -1, k)
+        carried = bits[:, -1:]
     return result
 
 
@@ -154,23 +158,25 @@ def _plain(indices: np.ndarray, first: int) -> bool:
     return fine and bool((indices >= 0).all())
 
 
-def _blocks(rows: int, first: int) -> list[tuple[int, int]]:
-    step = max(1, _CELLS // (first + rows))
+def _blocks(layers: int, rows: int, first: int) -> list[tuple[int, int]]:
+    step = max(1, _CELLS // (layers * (first + rows)))
     return [(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
 
 
 def _matrix(sets: np.ndarray, width: int) -> np.ndarray:
-    """uint8 [rows, width], 1 where the row's set has the position."""
-    bits = np.zeros((len(sets), width + 1), dtype=np.uint8)
-    np.put_along_axis(bits, np.minimum(sets, width).astype(np.int64), 1, axis=1)
-    return bits[:, :width]
+    """uint8 [layers, rows, width], 1 where a row's set has the position."""
+    layers, rows, _ = sets.shape
+    bits = np.zeros((layers * rows, width + 1), dtype=np.uint8)
+    places = np.minimum(sets.reshape(layers * rows, -1), width).astype(np.int64)
+    bits.reshape(-1)[(places + np.arange(layers * rows)[:, None] * (width + 1)).ravel()] = 1
+    return bits[:, :width].reshape(layers, rows, width)
 
 
-def _row(last: np.ndarray | None, width: int) -> np.ndarray:
-    """[1, width]: a row of an earlier, narrower block, or an empty one."""
-    wide = np.zeros((1, width), dtype=np.uint8)
+def _rows(last: np.ndarray | None, bits: np.ndarray) -> np.ndarray:
+    """[layers, 1, positions of bits]: the last rows of an earlier, narrower block, or empty ones."""
+    wide = np.zeros((len(bits), 1, bits.shape[2]), dtype=np.uint8)
     if last is not None:
-        wide[:, : last.shape[1]] = last
+        wide[:, :, : last.shape[2]] = last
     return wide
 
 

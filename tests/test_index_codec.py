@@ -89,7 +89,7 @@ def test_a_record_stays_small_until_it_is_read():
 
 def test_a_damaged_stream_is_refused():
     packed = pack_sets(drifting(1, 40, 8, 2), 8)
-    flipped = bytearray(packed.unary[0])
+    flipped = bytearray(packed.unary)
     flipped[3] ^= 0xFF
     with pytest.raises(ValueError, match="damaged on the way"):
         unpack_sets(
@@ -98,7 +98,7 @@ def test_a_damaged_stream_is_refused():
                 dtype=packed.dtype,
                 first=8,
                 heads=packed.heads,
-                unary=(bytes(flipped),),
+                unary=bytes(flipped),
                 low=packed.low,
             )
         )
