@@ -89,7 +89,7 @@ def unpack_sets(packed: PackedSets, num_rows: int | None = None) -> np.ndarray:
         return np.frombuffer(zlib.decompress(packed.raw), dtype=dtype).reshape(packed.shape)[:, :rows].copy()
     head = np.frombuffer(zlib.decompress(packed.heads), dtype=np.uint8).reshape(5, -1)
     modes = head[0].reshape(layers, every)
-    lengths = np.ascontiguousarray(head[1:].T).view("<u4").ravel().astype(np.int64)
+    lengths: np.ndarray = np.ascontiguousarray(head[1:].T).view("<u4").ravel().astype(np.int64)
     positions = _unrice(packed.unary, packed.low, lengths, np.tile(packed.first + 1 + np.arange(every), layers))
     starts = (np.cumsum(lengths) - lengths).reshape(layers, every)
     lengths = lengths.reshape(layers, every)

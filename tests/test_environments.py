@@ -250,7 +250,7 @@ class Characters:
 class Chatter:
     """Stands for the engine: every turn of a sample is one reply of a random, malformed or expert agent, cut by the token budgets."""
 
-    records, index_k, layers, record_dtype, has_work = False, 0, (), np.int32, True
+    records, index_k, layers, record_dtype, expert_layers, has_work = False, 0, (), np.int32, (), True
 
     def __init__(self) -> None:
         self.running: list[Sequence] = []

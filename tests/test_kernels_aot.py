@@ -103,7 +103,12 @@ def kernels(sm):
         yield f"indexer prefill fp8={fp8}", indexer_logits._prefill, dict(
             q=value, cache=value, scales="*fp32" if fp8 else value, w="*fp32", table=i32, ends=i32, out="*fp32", tokens="i32", keys="i32",
             page_stride="i32", out_stride="i32",
-        ), head | {"QUERIES": 128, "BLOCK_N": 256 if sm >= 90 else 64, "ENDS": True}, 4, 3  # fmt: skip
+        ), head | {"QUERIES": 128, "BLOCK_N": 256 if sm >= 90 else 64, "GROUP": 1, "ENDS": True}, 4, 3  # fmt: skip
+    yield "indexer prefill, four queries in one product", indexer_logits._prefill, dict(
+        q="*bf16", cache="*bf16", scales="*bf16", w="*fp32", table=i32, ends=i32, out="*fp32", tokens="i32", keys="i32", page_stride="i32",
+        out_stride="i32",
+    ), {"H": 16, "D": 64, "PAGE": 64, "QUERIES": 128, "BLOCK_N": 256 if sm >= 90 else 64, "BLOCK_H": 16, "GROUP": indexer_logits.GROUPED,
+        "FP8": False, "SOFT": False, "UPCAST": False, "ENDS": True}, 4, 3  # fmt: skip
     yield "write_index_keys", quant._write_index_keys, dict(k="*bf16", slots="*i64", cache="*u8", scales="*fp32", tokens="i32", page_stride="i32"), {
         "D": 128, "PAGE": 64, "BLOCK": 16}, 4, 2  # fmt: skip
     yield (
