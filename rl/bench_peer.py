@@ -58,4 +58,3 @@ def read_peer(command: Sequence[str], log: Path, seconds: float, note: Note) -> 
         end(process)
     why = f"stopped after {seconds:g} s" if late.is_set() else f"exit code {process.returncode}"
     return f"{why}: {log.read_text()[-1500:]}"
-

@@ -1,6 +1,6 @@
 """Processes that a command starts to measure something: what keeps them from outliving it.
 
-    start ─> a session of its own ─ end: the whole session is killed        in the child: watch_parent, for a parent that was killed itself
+start ─> a session of its own ─ end: the whole session is killed        in the child: watch_parent, for a parent that was killed itself
 """
 
 from __future__ import annotations

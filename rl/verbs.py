@@ -224,7 +224,7 @@ def bench(arguments: argparse.Namespace) -> None:
     from winnow.rl.bench import measure
     from winnow.rl.bench_models import measure_models
 
-    if arguments.what == "ablation":
+    if arguments.what in ("ablation", "sparse-dense"):
         return ablation(arguments)
     timed = not arguments.check
     if arguments.what in ("step", "learner"):
@@ -271,10 +271,11 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def ablation(arguments: argparse.Namespace) -> None:
-    """`bench ablation`: the table on standard output; RuntimeError when a run failed, once all others are done."""
+    """`bench ablation` and `bench sparse-dense`: the table on standard output; RuntimeError when a run failed, once all others are done."""
     from winnow.rl.bench_ablation import bench_ablation
+    from winnow.rl.bench_sparse_dense import bench_sparse_dense
 
-    result = bench_ablation(arguments, say)
+    result = (bench_ablation if arguments.what == "ablation" else bench_sparse_dense)(arguments, say)
     print((Path(arguments.out) / "table.md").read_text(), end="")
     failed = [f"{name}: {run['why']}" for name, run in result["runs"].items() if run["status"] == "failed"]
     if failed:
