@@ -226,6 +226,8 @@ def bench(arguments: argparse.Namespace) -> None:
 
     if arguments.what in ("ablation", "sparse-dense"):
         return ablation(arguments)
+    if arguments.what == "step" and arguments.seeds:
+        return versus(arguments)
     timed = not arguments.check
     if arguments.what in ("step", "learner"):
         figures = bench_training(arguments)
@@ -304,6 +306,26 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
     for line in as_rows(figures):
         say(line)
     return {"bench": "step", "model": a.model or "random, 2 layers", "device": a.device, **figures}
+
+
+def versus(arguments: argparse.Namespace) -> None:
+    """`bench step --seeds`: the table on standard output, the rest in the folder; RuntimeError when a run failed, once all are over."""
+    from winnow.rl.bench_step import StepBench
+    from winnow.rl.bench_versus import Versus
+
+    a = arguments
+    if not a.out:
+        raise ValueError("bench step --seeds needs --out (a folder for table, curves and every run's figures)")
+    bench = StepBench(
+        model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens,
+        steps=a.steps or 1000, wall=a.wall or 60,
+    )  # fmt: skip
+    missing = Versus(bench, Path(a.out), a.peers, a.seeds, a.only or (), a.limit_s, say).run()["missing"]
+    print((Path(a.out) / "table.md").read_text(), end="")
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} runs have no figures: " + "; ".join(f"{run}: {why}" for run, why in missing.items())
+        )
 
 
 def export(arguments: argparse.Namespace) -> None:
