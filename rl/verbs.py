@@ -269,7 +269,7 @@ def bench(arguments: argparse.Namespace) -> None:
         Path(arguments.out).write_text(text + "\n")
     wrong = [row for row in figures.get("figures", {}).get("rows", []) if "wrong" in row]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} kernels are wrong and were not timed, the first: {wrong[0]}")
+        raise RuntimeError(f"{len(wrong)} rows are wrong, the first: {wrong[0]}")
 
 
 def ablation(arguments: argparse.Namespace) -> None:
@@ -295,7 +295,12 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
 
         long = 32768 if a.device.startswith("cuda") else 512
         rows = [name for name in ROWS if not a.only or any(word in name for word in a.only)]
-        return bench_learner(a.model or "tiny", a.lengths or [long], a.device, a.layers, rows, progress=say)
+
+        def keep(figures: Any) -> None:
+            if a.out:
+                Path(a.out).write_text(json.dumps(figures, indent=1) + "\n")
+
+        return bench_learner(a.model or "tiny", a.lengths or [long], a.device, a.layers, rows, progress=say, keep=keep)
     from winnow.rl.bench_step import StepBench, as_rows, bench_step
 
     bench = StepBench(

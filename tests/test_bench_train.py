@@ -12,6 +12,7 @@ import torch
 
 from winnow.rl import bench_learner, bench_step, bench_versus
 from winnow.rl.cli import main
+from winnow.rl.learner import Learner
 
 
 def test_bench_step_times_the_program_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,13 +63,36 @@ def test_a_peer_that_is_not_there_is_said_to_be_so(monkeypatch: pytest.MonkeyPat
     assert bench_trl.last_number([[{"content": "7 + 5 is 12."}], "12 or 13"], ["12", "12"]) == [1.0, 0.0]
 
 
-def test_bench_learner_trains_each_row_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "learner", "--model", "tiny", "--layers", "1", "--lengths", "96"]) == 0
+def test_bench_learner_trains_each_row_of_a_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses, step = [], Learner.sft_step
+
+    def heard(self: Learner, *arguments: Any) -> Any:
+        report = step(self, *arguments)
+        losses.append(report.metrics["loss/ce"])
+        return report
+
+    monkeypatch.setattr(Learner, "sft_step", heard)
+    out = tmp_path / "figures.json"
+    assert main(["bench", "learner", "--model", "tiny", "--layers", "1", "--lengths", "96", "--out", str(out)]) == 0
     rows = json.loads(capsys.readouterr().out)["figures"]["rows"]
+    assert losses[0] == pytest.approx(losses[len(losses) // 4], rel=1e-5), "torch's attention is the same function"
     assert [row["row"] for row in rows] == list(bench_learner.ROWS)
     assert all(row["length"] == 96 and row["tokens_per_s"] > 0 and row["peak_gib"] > 0 for row in rows)
     assert main(["bench", "learner", "--model", "v3.2"]) == 1
     assert "none of tiny, small, qwen3-0.6b, qwen3-1.7b" in capsys.readouterr().err
+    measured = bench_learner.measure
+
+    def full(learner: Learner, length: int, repeats: int) -> dict[str, Any]:
+        if learner.config.indexer.train == "kl":
+            raise torch.OutOfMemoryError("full")
+        return measured(learner, length, 1)
+
+    monkeypatch.setattr(bench_learner, "measure", full)
+    assert main(["bench", "learner", "--model", "tiny", "--layers", "1", "--lengths", "64", "--out", str(out)]) == 0
+    kept = json.loads(out.read_text())["figures"]["rows"]
+    assert [row.get("failed") for row in kept] == [None, None, None, "full"], "and the others are not lost"
 
 
 @pytest.mark.parametrize("planted", [0, 2 * 4096 * 1024, 4096 * 4096])
