@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import mean, median
@@ -33,7 +34,7 @@ CURVES = (
     ("index/jaccard", "Jaccard of their sets", False),
 )
 COLUMNS = {
-    "steps": "steps", "reward_end": f"reward, last {LAST} steps", "reward_all": "reward, all steps", "held_out": "held out, at the end",
+    "steps": "steps", "reward_end": f"reward, last {LAST} steps", "reward_all": "reward, all steps", "held_out": "held out, at the end", "held_out_step": "that is after step",
     "entropy_end": "entropy at the end", "k3_fresh": "k3 KL, same weights", "k3": "k3 KL, all steps", "k3_max": "k3 KL, largest",
     "jaccard_fresh": "Jaccard, same weights", "jaccard": "Jaccard, all steps", "masked": "masked or capped", "clipped": "clipped",
     "indexer_kl": f"indexer KL, last {LAST} steps", "grad_norm_max": "largest gradient norm", "step_s": "s a step",
@@ -47,7 +48,9 @@ def reference_of(variants: Iterable[str]) -> str:
 
 
 def average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    return mean(row[name] for row in rows) if rows else None
+    """Of the rows that have it; None without any. A value that was not finite is null in metrics.jsonl, and makes the mean so."""
+    values = [math.nan if row[name] is None else row[name] for row in rows if name in row]
+    return mean(values) if values else None
 
 
 # -------------------------------------------------------------------------------------------------------------------------- as text
@@ -161,6 +164,8 @@ def spanned(value: Sequence[float]) -> str:
 
 
 def short(value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
     if value == 0 or value == int(value):
         return f"{value:.0f}"
     return f"{value:.1e}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.3g}"

@@ -68,7 +68,7 @@ def write_table(out: Path, runs: Sequence[Running], at_a_time: int = 1) -> dict[
         "at_equal_length": at_equal_length(kept, figures),
     }
     result["config"] = {**plan_of(runs[0]), "at_a_time": at_a_time}
-    (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "table.json").write_text(json.dumps(plain(result), indent=1) + "\n")
     (out / "table.md").write_text(as_markdown(result))
     (out / "curves.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for run in kept for line in curve_lines(run, steps))
@@ -102,28 +102,30 @@ def run_figures(run: Running, steps: int) -> dict[str, Any]:
     end = [value for (step, _), value in prompts.items() if step > steps - LAST]
     trained = [row for row in rows if row["tokens/trained"]]  # a step without a mixed group measures nothing
     fresh = [row for row in trained if row["staleness/max"] == 0]
-    evals = read_final(run.folder).get("eval", {})
+    final = read_final(run.folder)
+    evals = final.get("eval", {})
     domains = [domain.name for domain in run.config.domains]
     masked = [sum(value for name, value in row.items() if name in MASKED) for row in trained]
-    kls = [row["loss/indexer_kl"] for row in trained if "loss/indexer_kl" in row]
+    kls = [row for row in trained if "loss/indexer_kl" in row]
     found: dict[str, Any] = {
         "steps": len(rows),
         "reward_end": list(interval(end)),
         "reward_all": list(interval(list(prompts.values()))),
         "held_out": [mean(evals[f"eval/{d}{part}"] for d in domains if f"eval/{d}{part}" in evals) for part in ("", "_low", "_high")]
         if any(f"eval/{d}" in evals for d in domains) else None,
+        "held_out_step": final.get("step"),  # a run that was cut may have made more steps than the table has
         "trained_steps": len(trained),
         "entropy_first": average(trained[:1], "entropy"),
         "entropy_end": average(trained[-LAST:], "entropy"),
         "k3_fresh": average(fresh, "mismatch/k3_kl"),
         "k3": average(trained, "mismatch/k3_kl"),
-        "k3_max": max((row["mismatch/k3_kl"] for row in trained), default=None),
+        "k3_max": largest(trained, "mismatch/k3_kl"),
         "jaccard_fresh": average(fresh, "index/jaccard"),
         "jaccard": average(trained, "index/jaccard"),
         "masked": mean(masked) if masked else None,
         "clipped": average(trained, "clip_fraction"),
-        "indexer_kl": [mean(kls[:LAST]), mean(kls[-LAST:])] if kls else None,
-        "grad_norm_max": max(row["grad_norm"] for row in rows),
+        "indexer_kl": [average(kls[:LAST], "loss/indexer_kl"), average(kls[-LAST:], "loss/indexer_kl")] if kls else None,
+        "grad_norm_max": largest(rows, "grad_norm"),
         "staleness": [min(row["staleness/max"] for row in rows), max(row["staleness/max"] for row in rows)],
         "step_s": median(step_seconds(row) for row in rows),
         "stage_s": {name: median(row[name] for row in rows) for name in rows[0] if name.startswith("time/")},
@@ -137,6 +139,20 @@ def run_figures(run: Running, steps: int) -> dict[str, Any]:
             {"k": top_k, "min": seen[0] / top_k, "median": seen[len(seen) // 2] / top_k} if seen else None
         )
     return {"figures": found, "prompts": prompts, "lengths": lengths}
+
+
+def plain(value: Any) -> Any:
+    """As JSON can hold it: numbers that are not finite as text."""
+    if isinstance(value, dict):
+        return {key: plain(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(of) for of in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def largest(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """None without rows; a value that was not finite is the largest."""
+    return max((math.inf if row[name] is None else float(row[name]) for row in rows), default=None)
 
 
 def curve_lines(run: Running, steps: int) -> Iterator[dict[str, Any]]:

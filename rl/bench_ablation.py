@@ -53,7 +53,10 @@ POLL_S = 0.2
 SAY_S = 10.0
 EVALUATION_S = 15.0  # kept at the end of the limit for the evaluations of runs that are ended by it
 FIRST_STEP_S = 300.0  # how long the others wait for the first run's first step
-MEMORY = 0.92  # of the GPU, shared evenly by the runs
+MEMORY, CONTEXT = (
+    0.94,
+    0.007,
+)  # of the GPU, shared evenly by the runs; of it, what each one's context takes beside its tensors
 
 
 @dataclass
@@ -177,7 +180,7 @@ class Ablation:
             plan = run.folder / "plan.yaml"
             plan.write_text(to_yaml(run.config))
             width = min(self.parallel, len(self.runs))
-            command = [sys.executable, "-m", "winnow.rl.bench_ablation", str(plan), str(MEMORY / width)]
+            command = [sys.executable, "-m", "winnow.rl.bench_ablation", str(plan), str(MEMORY / width - CONTEXT)]
             command += [
                 str(os.getpid()),
                 *([str(self._go)] if not self._go.exists() and run is not self._leader else []),

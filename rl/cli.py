@@ -192,7 +192,28 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     submit.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
-    bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
+    add_bench(verbs.add_parser("bench", help="measure on this machine; prints JSON"))
+    export = verbs.add_parser("export", help="a checkpoint of a run as a plain model folder")
+    export.add_argument("run", help="a run folder, or one checkpoint in it")
+    export.add_argument("out", help="the folder to write")
+    export.add_argument("--step", type=count, help="which checkpoint (the newest)")
+    export.add_argument("--best", action="store_true", help="the one with the best held-out reward")
+    export.add_argument(
+        "--dense", action="store_true", help="without the indexers: the dense model, for programs that know no DSA"
+    )
+    export.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model's weights (float32)"
+    )
+    report = verbs.add_parser("report", help="write the page of a run or a pipeline")
+    report.add_argument("run", help="a run folder")
+    report.add_argument("--out", help="the file to write (RUN/report.html)")
+    report.add_argument(
+        "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
+    )
+
+
+def add_bench(bench: argparse.ArgumentParser) -> None:
+    """What is measured, and the options of each."""
     bench.add_argument(
         "what",
         choices=(
@@ -281,23 +302,6 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     )
     bench.add_argument(
         "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
-    )
-    export = verbs.add_parser("export", help="a checkpoint of a run as a plain model folder")
-    export.add_argument("run", help="a run folder, or one checkpoint in it")
-    export.add_argument("out", help="the folder to write")
-    export.add_argument("--step", type=count, help="which checkpoint (the newest)")
-    export.add_argument("--best", action="store_true", help="the one with the best held-out reward")
-    export.add_argument(
-        "--dense", action="store_true", help="without the indexers: the dense model, for programs that know no DSA"
-    )
-    export.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model's weights (float32)"
-    )
-    report = verbs.add_parser("report", help="write the page of a run or a pipeline")
-    report.add_argument("run", help="a run folder")
-    report.add_argument("--out", help="the file to write (RUN/report.html)")
-    report.add_argument(
-        "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
     )
 
 

@@ -318,7 +318,11 @@ def test_prompts_are_paired_by_their_task_and_every_seed_is_shown(
         fake_run(tmp_path, "sparse", 1, [[1.0, 0.0]], tasks="xy"),
         fake_run(tmp_path, "dense", 1, [[0.0, 0.5]], tasks="xy"),
     ]
+    for run in runs[:1]:
+        metrics = run.folder / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"mismatch/k3_kl": 0.0001', '"mismatch/k3_kl": null'))
     found = write_table(tmp_path, runs, at_a_time=2)
+    assert "not finite" in (tmp_path / "table.md").read_text(), "what blew up is shown, and the table is written"
     apart = found["variants"]["sparse"]["difference"]
     assert apart["prompts"] == 3 and apart["seeds"] == {"0": 0.25, "1": 0.25}
     assert apart["all"][0] == pytest.approx(0.25) and apart["windows"] == [[1, 1, *apart["all"]]]
