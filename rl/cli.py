@@ -246,8 +246,8 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
     )
     bench.add_argument("--out", help="a file for the same JSON; ablation, sparse-dense, step --seeds: a folder")
-    bench.add_argument("--device", default="cpu", help="cost, warmup, memory, sync: where to measure (cpu)")
-    bench.add_argument("--layers", type=positive, help="cost, memory, sync: cut the shape to so many layers")
+    bench.add_argument("--device", default="cpu", help="where to measure (cpu)")
+    bench.add_argument("--layers", type=positive, help="cost, memory, learner, sync: cut the shape to so many layers")
     bench.add_argument(
         "--lengths",
         type=positive,
