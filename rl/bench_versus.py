@@ -20,7 +20,7 @@ from typing import Any
 from winnow.rl import children
 from winnow.rl.ablation_page import as_rows, document
 from winnow.rl.bench_peer import read_peer
-from winnow.rl.bench_step import StepBench, bench_step
+from winnow.rl.bench_step import EARLY, StepBench, bench_step
 from winnow.rl.charts import Series
 from winnow.rl.pipeline import fingerprint
 
@@ -127,15 +127,15 @@ def last_reward(figures: Mapping[str, Any]) -> float:
 
 
 def ratios(done: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Ours over each peer's samples/s, of one seed."""
+    """Ours over each peer's samples/s, of one seed: until step 10, and over all steps. Later on ours trains on less than it samples,
+    since groups that agree have no gradient, so the first of the two compares equal work."""
     found = {}
     for run, figures in done.items():
         name, seed = run.rsplit("-s", 1)
         ours = done.get(f"ours-s{seed}")
         if ours and name != "ours":
-            found[f"ours / {name}, seed {seed}"] = round(
-                ours["samples_per_s"]["median"] / figures["samples_per_s"]["median"], 2
-            )
+            for text, rate in ((f"until step {EARLY}", "samples_per_s_early"), ("all steps", "samples_per_s")):
+                found[f"ours / {name}, seed {seed}, {text}"] = round(ours[rate]["median"] / figures[rate]["median"], 2)
     return found
 
 

@@ -171,7 +171,11 @@ def test_ours_and_a_peer_run_seed_by_seed_and_what_is_there_is_not_run_again(
     assert all(wall == pytest.approx(min(30, ends - bench_versus.START_S[run[:-3]])) for run, wall, ends in peers.asked)
     assert peers.asked[0][1] == 30 and peers.asked[1][2] <= 134, "the limit is shared by what is left"
     table = (tmp_path / "table.md").read_text()
-    assert "| ours-s0 | 10.0 | 512.0 (512.0-512.0) |" in table and "ours / trl, seed 0: 2.00 times" in table
+    assert (
+        "| ours-s0 | 10.0 | 512.0 (512.0-512.0) |" in table
+        and "ours / trl, seed 0, until step 10: 2.00 times" in table
+        and "all steps: 2.00" in table
+    )
     assert "| 10 | 0.525 | 0.275 | 0.525 |" in table, "steps that ended in the ten seconds before"
     assert "trl-s1: exit code 1" in table and (tmp_path / "curves.svg").read_text().count("<polyline") == 6
     peers.failing, peers.asked = set(), []
