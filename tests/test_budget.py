@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from pipelines import Here, pipeline_config
 
-from winnow.rl import budget
+from winnow.rl import budget, restarts
 from winnow.rl import manifest as manifests
 from winnow.rl.budget import CONTROL, MARGIN, Budget, least, weights
-from winnow.rl.config import ConfigError
+from winnow.rl.config import ConfigError, make_config
 from winnow.rl.manifest import Manifest
 from winnow.rl.pipeline import Pipeline
+from winnow.rl.remote_learner import LearnerDied
 
 STAGES = [
     "specialist-a",
@@ -154,3 +155,25 @@ def test_a_restart_has_what_is_left_of_the_seconds_and_of_a_controls_cost(
     Pipeline(pipeline_config(tmp_path, babbler, *own, "seconds=90000"), lines.append, Here()).run()
     (said,) = [line for line in lines if "mixed-from-base: " in line and " within " in line]
     assert 1990 <= int(said.split(" within ")[1].removesuffix(" s")) <= 2000, "six stages of 1000 s, 4000 spent"
+
+
+def test_a_learner_that_is_started_again_has_what_is_left_of_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: now)
+    given: list[float | None] = []
+
+    @restarts.restarted
+    def dies(config: Any, cluster: Any, progress: Any, seconds: float | None) -> dict[str, Any]:
+        nonlocal now
+        given.append(seconds)
+        now += 30.0
+        if len(given) % 2:
+            raise LearnerDied("killed")
+        return {}
+
+    config = make_config(
+        {"model": {"path": "m"}, "domains": [{"name": "a", "source": "lookup"}]}, ["learner.restarts=1"]
+    )
+    dies(config, None, lambda text: None, 40.0)
+    dies(config, None, lambda text: None, None)
+    assert given == [40.0, 10.0, None, None]
