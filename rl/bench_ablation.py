@@ -52,6 +52,7 @@ FINAL = "final.json"
 POLL_S = 0.2
 SAY_S = 10.0
 EVALUATION_S = 15.0  # kept at the end of the limit for the evaluations of runs that are ended by it
+SAVE_S = 10.0  # for the checkpoints of what still runs when the command ends
 FIRST_STEP_S = 300.0  # how long the others wait for the first run's first step
 MEMORY, CONTEXT = (
     0.94,
@@ -142,10 +143,7 @@ class Ablation:
             with Interrupts():
                 self._watch()
         finally:
-            for run in self.runs:
-                if run.process is not None:
-                    run.process.poll()  # how it ended, if it did so by itself
-                    children.end(run.process)
+            self._end_all()
             result = self.write()
         return result
 
@@ -223,6 +221,18 @@ class Ablation:
             f"to {steps[-1][0]} ({steps[-1][1]}){last}"
         )
 
+    def _end_all(self) -> None:
+        """Ends what still runs: each may save first, so that it can go on another time."""
+        started = [run.process for run in self.runs if run.process is not None]
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        end = time.monotonic() + SAVE_S
+        while any(process.poll() is None for process in started) and time.monotonic() < end:
+            time.sleep(POLL_S)
+        for process in started:
+            children.end(process)
+
     def write(self) -> dict[str, Any]:
         """table.json, table.md and the charts, as far as the runs have come."""
         from winnow.rl.ablation_table import write_table
@@ -293,18 +303,23 @@ def run_one(plan: Path, share: float, parent: int, go: Path | None) -> None:
     )  # while `train` runs it saves; a run past its last step is evaluated in peace
     with here(config) as cluster:
         result = train(replace(config, resume=resume), cluster)
-        step = int(result["step"])
+        status, step = "done" if result["status"] == "done" else "cut", int(result["step"])
+        if status == "cut":
+            write_final(config, status, step, {})  # whatever becomes of the evaluation, the run can go on
         cluster.pool.push_weights(cluster.learner.weights(step), step)
         found = holdout_metrics(config, cluster.pool.generate, step)
-    status = "done" if result["status"] == "done" else "cut"
+    write_final(config, status, step, found)
+    if status == "done":
+        shutil.rmtree(config.folder / "checkpoints", ignore_errors=True)
+
+
+def write_final(config: Config, status: str, step: int, found: Mapping[str, float]) -> None:
     final = {
-        "status": status, "step": step, "config_hash": config_hash(config), "inputs": inputs(config), "eval": found,
+        "status": status, "step": step, "config_hash": config_hash(config), "inputs": inputs(config), "eval": dict(found),
     }  # fmt: skip
     temporary = config.folder / f".{FINAL}"
     temporary.write_text(json.dumps(final, indent=1, default=float))
     temporary.replace(config.folder / FINAL)
-    if status == "done":
-        shutil.rmtree(config.folder / "checkpoints", ignore_errors=True)
 
 
 def bench_ablation(arguments: Any, say: Callable[[str], object]) -> dict[str, Any]:
