@@ -223,10 +223,12 @@ def make_pool(config: Config, places: Sequence[Any]) -> Any:
     from winnow.rollout.pool import Pool, PoolLimits
 
     drain_s = config.rollout.drain_timeout_s if config.rollout.on_update == "drain" else 0.0
+    load_s = PoolLimits().load_timeout_s + drain_s
     limits = PoolLimits(
         request_timeout_s=config.rollout.request_timeout_s,
         start_timeout_s=config.cluster.start_timeout_s,
-        load_timeout_s=PoolLimits().load_timeout_s + drain_s,
+        load_timeout_s=load_s,
+        weights_timeout_s=config.cluster.step_timeout_s + load_s,
     )
     options = [{"num_gpus": config.cluster.worker_gpus, "scheduling_strategy": place} for place in places]
     return Pool(worker_spec(config), options, limits=limits)

@@ -65,10 +65,11 @@ class Sender:
             carrier.finish()
         except LinkBroken as error:
             broken = self._give_up(order.ticket.session, error)
+        except Exception as error:  # the learner's own, memory for one: the engines need not find out by waiting
+            self._give_up(order.ticket.session, error)
+            raise
         finally:
-            for (
-                _
-            ) in tensors:  # the other ranks wait for their gathers; no buffer is touched, somebody may still read it
+            for _ in tensors:  # the other ranks wait for their gathers; nobody touches a buffer that may still be read
                 pass
         return self._report(order, layout, broken)
 
@@ -95,9 +96,9 @@ class Sender:
             self._opened.clear()
             self._buffers = [ipc.Bounce(size, self.device) for _ in range(ipc.BUFFERS)]
 
-    def _give_up(self, session: str, error: LinkBroken) -> str:
+    def _give_up(self, session: str, error: Exception) -> str:
         """Releases whoever waits for this transfer. Returns why."""
-        why = str(error) or "the transfer was given up"
+        why = str(error) if isinstance(error, LinkBroken) else f"the learner failed: {type(error).__name__}: {error}"
         self._drop_group()
         self._opened.clear()  # nobody knows who has mapped what
         self.channel.say(f"{session}/stop", why)
