@@ -151,6 +151,8 @@ class Receiver:
         try:
             with self._own_stream(device):
                 layout, stream = self._prepare(channel, ticket, model, device)
+                tensors = layout.tensors(stream)
+                channel.hear(f"{ticket.session}/go", ticket.wait_s + GRACE_S, "the learner", ticket.session)
                 buckets = [stream[layout.span(number)] for number in range(layout.num_buckets)]
                 if ticket.kind == "ipc":
                     sent, arrived = self._ipc.receive(channel, ticket, buckets, checksum)
@@ -167,22 +169,21 @@ class Receiver:
             self._failed(channel, ticket, error)
             raise
         channel.say(f"{ticket.session}/said/{ticket.rank}", "ok")
-        return layout.tensors(stream)
+        return tensors
 
     def _prepare(
         self, channel: Channel, ticket: Ticket, model: nn.Module, device: torch.device
     ) -> tuple[Layout, Tensor]:
-        """The layout, checked, and room for the whole stream; returns when every engine is there."""
-        session, ready = ticket.session, f"{ticket.session}/ready/{ticket.rank}"
+        """The layout, checked, and room for the whole stream, which the learner is told."""
+        session, ready, targets = ticket.session, f"{ticket.session}/ready/{ticket.rank}", model.state_dict()
         try:
             layout = Layout.read(channel.hear(f"{session}/layout", ticket.wait_s, "the learner", session))
-            check_match(model, layout.shapes, layout.version)
+            check_match(targets, layout.shapes, layout.version)
             stream = room(layout, device)
         except WeightError as error:
             channel.say(ready, f"refused: {error}")
             raise
         channel.say(ready, "ready")
-        channel.hear(f"{session}/go", ticket.wait_s + GRACE_S, "the learner", session)
         return layout, stream
 
     @contextmanager

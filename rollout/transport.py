@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from winnow.rollout.weights import WeightError
 ALIGN = 16  # bytes: a view of any dtype can start at every offset
 GRACE_S = 5.0  # for the others' last words, once something has gone wrong
 _LISTEN_S = 0.5  # between two looks whether somebody has given up
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 1e-4, 1e-2  # between two looks for what is waited for: longer and longer
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 1e-4, 1e-2  # between two looks for what is waited for: a tenth of the wait so far, within these
 _ROW = 512  # 8-byte words of a row of the checksum's matrix
 
 
@@ -58,22 +60,19 @@ class Layout:
         """Of tensors in their order; those split over ranks count whole."""
         if bucket_bytes < ALIGN or bucket_bytes % ALIGN:
             raise ValueError(f"a bucket of {bucket_bytes} bytes is no multiple of {ALIGN}: set cluster.bucket_mb >= 1")
-        pieces, offset = [], 0
-        for name, tensor in tensors.items():
-            nbytes = tensor.numel() * tensor.element_size()
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            pieces.append(Piece(name=name, shape=tuple(tensor.shape), dtype=dtype, offset=offset, nbytes=nbytes))
-            offset += -(-nbytes // ALIGN) * ALIGN
-        return cls(version=version, pieces=tuple(pieces), nbytes=offset, bucket_bytes=bucket_bytes)
+        rows = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items())
+        pieces, nbytes = _laid_out(rows)
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes)
 
     @classmethod
     def read(cls, text: str) -> Layout:
-        values = json.loads(text)
-        pieces = tuple(Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in values.pop("pieces"))
-        return cls(pieces=pieces, **values)
+        head, _, names = text.partition("\n")
+        version, bucket_bytes = json.loads(head)
+        pieces, nbytes = _laid_out(_rows(names))
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes)
 
     def write(self) -> str:
-        return json.dumps(asdict(self))
+        return f"{json.dumps([self.version, self.bucket_bytes])}\n{_text(self.pieces)}"
 
     @property
     def num_buckets(self) -> int:
@@ -98,10 +97,35 @@ class Layout:
         found = {}
         for piece in self.pieces:
             dtype = getattr(torch, piece.dtype)
-            flat = stream[piece.offset : piece.offset + piece.nbytes]
-            empty = torch.empty(piece.shape, dtype=dtype, device=stream.device)
-            found[piece.name] = flat.view(dtype).view(piece.shape) if piece.nbytes else empty
+            if piece.nbytes:
+                found[piece.name] = stream[piece.offset : piece.offset + piece.nbytes].view(dtype).view(piece.shape)
+            else:
+                found[piece.name] = torch.empty(piece.shape, dtype=dtype, device=stream.device)
         return found
+
+
+# From one version to the next nothing of this changes: a large model's takes milliseconds, once.
+
+
+@lru_cache(maxsize=8)
+def _laid_out(rows: tuple[tuple[str, tuple[int, ...], str], ...]) -> tuple[tuple[Piece, ...], int]:
+    """(name, shape, dtype) of each tensor -> where it lies, and the bytes in all."""
+    pieces, offset = [], 0
+    for name, shape, dtype in rows:
+        nbytes = prod(shape) * getattr(torch, dtype).itemsize
+        pieces.append(Piece(name=name, shape=shape, dtype=dtype, offset=offset, nbytes=nbytes))
+        offset += -(-nbytes // ALIGN) * ALIGN
+    return tuple(pieces), offset
+
+
+@lru_cache(maxsize=8)
+def _text(pieces: tuple[Piece, ...]) -> str:
+    return json.dumps([[piece.name, piece.shape, piece.dtype] for piece in pieces])
+
+
+@lru_cache(maxsize=8)
+def _rows(text: str) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    return tuple((name, tuple(shape), dtype) for name, shape, dtype in json.loads(text))
 
 
 def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -215,7 +239,7 @@ class Channel:
 
     def hear(self, key: str, seconds: float, who: str, session: str = "") -> str:
         """The text, once `who` has said it. LinkBroken when it does not come within `seconds`, or somebody has stopped the session."""
-        begin, pause, looked = time.monotonic(), _FIRST_PAUSE_S, 0.0
+        begin, looked = time.monotonic(), 0.0
         while not self._said(key):  # a blocking wait of the store's would write a warning at every timeout
             now = time.monotonic()
             if session and now - looked > _LISTEN_S:
@@ -223,8 +247,7 @@ class Channel:
                 self.check(session)
             if now - begin > seconds:
                 raise LinkBroken(f"{who} said nothing for {seconds:.0f} s ({key})")
-            time.sleep(pause)
-            pause = min(1.5 * pause, _LAST_PAUSE_S)
+            time.sleep(min(max((now - begin) / 10, _FIRST_PAUSE_S), _LAST_PAUSE_S))
         return self.store.get(key).decode()
 
     def check(self, session: str) -> None:

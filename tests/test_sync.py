@@ -207,7 +207,7 @@ def light_learner_class() -> type:
     return LightLearner
 
 
-@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+@pytest.mark.parametrize("transport", ["nccl", pytest.param("ipc", marks=pytest.mark.slow)])
 def test_a_worker_lost_while_weights_travel_holds_up_nobody(
     small_store: Any, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
