@@ -20,7 +20,11 @@ def transport_of(config: Any) -> str:
     cluster = config.cluster
     if cluster.transport != "auto":
         return cluster.transport
-    if cluster.address == "here" or not (cluster.learner_gpus and cluster.worker_gpus) or config.schedule.sync_every > 1:
+    if (
+        cluster.address == "here"
+        or not (cluster.learner_gpus and cluster.worker_gpus)
+        or config.schedule.sync_every > 1
+    ):
         return "store"
     if cluster.colocate:
         return "ipc"

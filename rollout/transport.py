@@ -27,7 +27,10 @@ from winnow.rollout.weights import WeightError
 ALIGN = 16  # bytes: a view of any dtype can start at every offset
 GRACE_S = 5.0  # for the others' last words, once something has gone wrong
 _LISTEN_S = 0.5  # between two looks whether somebody has given up
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 1e-4, 1e-2  # between two looks for what is waited for: a tenth of the wait so far, within these
+_FIRST_PAUSE_S, _LAST_PAUSE_S = (
+    1e-4,
+    1e-2,
+)  # between two looks for what is waited for: a tenth of the wait so far, within these
 _ROW = 512  # 8-byte words of a row of the checksum's matrix
 
 

@@ -32,8 +32,8 @@ from winnow.rl.weight_offer import StreamOffer
 from winnow.rollout import pool as pools
 from winnow.rollout.pool import Pool, PoolLimits
 from winnow.rollout.schema import Request
-from winnow.rollout.weights import pack
 from winnow.rollout.transport import Member
+from winnow.rollout.weights import pack
 from winnow.rollout.worker import RolloutWorker, code_version
 
 folder = tiny_folder
@@ -258,7 +258,9 @@ def test_a_rank_that_dies_while_weights_travel_is_named_whatever_the_others_wait
     )
     actors = [Rank.remote(), Rank.remote()]
     learner = RemoteLearner(actors, config)
-    monkeypatch.setattr(learner, "submit", lambda *_: [actors[0].send.remote(0, [], 0), actors[1].send.remote(1, [], 0)])
+    monkeypatch.setattr(
+        learner, "submit", lambda *_: [actors[0].send.remote(0, [], 0), actors[1].send.remote(1, [], 0)]
+    )
     offer = StreamOffer(learner, [SendingEnd("127.0.0.1:1", "h", "cpu")] * 2, 1)
     offer.begin([])
     begin = time.monotonic()
