@@ -195,7 +195,9 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
     bench.add_argument(
         "what",
-        choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "ablation", "sync"),
+        choices=(
+            "kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "ablation", "sync", "scaling",
+        ),  # fmt: skip
     )
     bench.add_argument(
         "--model",
@@ -213,8 +215,8 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
     )
     bench.add_argument("--out", help="a file for the same JSON; ablation: a folder")
-    bench.add_argument("--device", default="cpu", help="cost, warmup, memory, sync: where to measure (cpu)")
-    bench.add_argument("--layers", type=positive, help="cost, memory, sync: cut the shape to so many layers")
+    bench.add_argument("--device", default="cpu", help="cost, warmup, memory, sync, scaling: where to measure (cpu)")
+    bench.add_argument("--layers", type=positive, help="cost, memory, sync, scaling: cut the shape to so many layers")
     bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory, rollout: contexts in tokens")
     bench.add_argument(
         "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
@@ -224,23 +226,23 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="PART",
         help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
-        "greedy, records: of a model folder; sync: store, ipc, nccl (all of them)",
+        "greedy, records: of a model folder; sync: nccl, ipc, store (all of them); scaling: throughput, schedule, curve, kills",
     )
     bench.add_argument("--text", help="rollout --suite greedy, records: a text to read")
     bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
-    bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
-    bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
-    bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
-    bench.add_argument("--steps", type=positive, help="step: steps to run (10); ablation: of each run (the config's)")
+    bench.add_argument("--prompts", type=positive, default=32, help="step, scaling: prompts of a step (32)")
+    bench.add_argument("--samples", type=positive, default=8, help="step, scaling: samples of a prompt (8)")
+    bench.add_argument("--tokens", type=positive, default=64, help="step, scaling: the most tokens of a sample (64)")
+    bench.add_argument("--steps", type=positive, help="steps to run (step 10, scaling 6); ablation: of each run (the config's)")
     bench.add_argument("--wall", type=positive, help="step: end a run so many seconds after its first step")
     bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
-    bench.add_argument("--config", help="ablation: the run whose variants are compared, a YAML file or a shipped one")
+    bench.add_argument("--config", help="ablation, scaling --suite curve: the run that is varied, a YAML file or a shipped one")
     bench.add_argument("--seeds", type=count, nargs="+", default=[0, 1], help="ablation: of each variant (0 1)")
     bench.add_argument("--parallel", type=positive, default=1, help="ablation: runs at a time on the device (1)")
     bench.add_argument(
-        "--limit-s", type=positive, default=36000, metavar="S", help="ablation: end and evaluate what still runs then"
+        "--limit-s", type=positive, metavar="S", help="ablation: end and evaluate what still runs then (36000); scaling: of all runs (480)"
     )
-    bench.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation: overrides of the config")
+    bench.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation, scaling: overrides of the config")
     bench.add_argument(
         "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
     )

@@ -223,6 +223,9 @@ def make_actor_class() -> type:
 
             return free_address(ray.util.get_node_ip_address())
 
+        def pid(self) -> int:
+            return os.getpid()
+
         def hand_over(self, version: int) -> tuple[Any, None]:
             """This rank's update, and nothing: two results, see `RemoteLearner`."""
             update = self.weights(version)

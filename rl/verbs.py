@@ -234,6 +234,15 @@ def bench(arguments: argparse.Namespace) -> None:
 
         a = arguments
         figures = bench_sync(a.model or "small", a.device, a.suite or PARTS, a.layers, a.threads, say=say)
+    elif arguments.what == "scaling":
+        from winnow.rl.bench_scaling import ScalingBench, bench_scaling
+
+        a = arguments
+        asked = ScalingBench(
+            model=a.model, layers=a.layers, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens,
+            steps=a.steps or ScalingBench.steps, limit_s=a.limit_s or ScalingBench.limit_s, config=a.config, overrides=tuple(a.set),
+        )  # fmt: skip
+        figures = bench_scaling(asked, a.suite or ("throughput", "schedule"), say)
     elif arguments.what in ("cost", "warmup", "memory"):
         figures = measure_models(arguments.what, arguments)
     elif arguments.what == "rollout" and arguments.suite:
