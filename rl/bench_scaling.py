@@ -229,7 +229,11 @@ class Made:
             train(config, progress=ended, seconds=self.seconds)
         except Exception as error:  # the other runs may work
             return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-        return row | figures(read_rows(config), ends) | {"run_s": round(time.perf_counter() - begin, 1)}
+        rows = read_rows(config)
+        row |= {"run_s": round(time.perf_counter() - begin, 1)}
+        if len(rows) <= WARM_UP and len(rows) < config.schedule.steps:
+            return row | {"failed": f"{len(rows)} steps within {self.seconds:.0f} s, the start included: raise --limit-s"}
+        return row | figures(rows, ends)
 
 
 def coin(task: Any, trajectory: Any) -> Any:

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from winnow.rollout.transport import Channel, LinkBroken
+from winnow.rollout.transport import Channel, LinkBroken, within
 
-Result = TypeVar("Result")
 _POLL_S = 5e-5
 
 
@@ -123,27 +122,6 @@ def environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def within(seconds: float, what: str, function: Callable[[], Result]) -> Result:
-    """The function's result, computed by a thread that is left behind where it takes longer: LinkBroken then, and for any error of it."""
-    box: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            box["result"] = function()
-        except Exception as error:
-            box["error"] = error
-
-    thread = threading.Thread(target=run, name="winnow-bounded", daemon=True)
-    thread.start()
-    thread.join(seconds + 1.0)  # the function's own limits come first, and say more
-    if "error" in box:
-        error = box["error"]
-        raise error if isinstance(error, LinkBroken) else LinkBroken(f"{what}: {error}") from error
-    if "result" not in box:
-        raise LinkBroken(f"{what} was not complete within {seconds:.0f} s")
-    return box["result"]
 
 
 class BroadcastSender:

@@ -420,6 +420,33 @@ def test_a_channel_says_who_was_waited_for_and_stops_when_told() -> None:
         Channel("127.0.0.1:1", connect_s=1.0)
 
 
+def test_a_learner_that_is_stopped_does_not_hold_its_engines() -> None:
+    """Its store answers nothing then, not even that there is nothing."""
+
+    def learner(address: Any) -> None:
+        channel = Channel("127.0.0.1:0", host=True)
+        address.put(channel.address)
+        time.sleep(60)
+
+    context = multiprocessing.get_context("fork")
+    address = context.Queue()
+    process = context.Process(target=learner, args=(address,), daemon=True)
+    process.start()
+    channel, receiver = Channel(address.get(timeout=20)), Receiver()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    ticket = Ticket(
+        kind="nccl", version=1, address=channel.address, session="s", group="g", rank=1, world=2, wait_s=1.0, stall_s=1.0
+    )
+    receiver._channel = channel
+    with pytest.raises(LinkBroken, match="an answer of .* where the learner was waited for"):
+        receiver.receive(ticket, Net(1))
+    assert time.monotonic() - begin < 10 and receiver._channel is None
+    process.kill()
+    process.join(5)
+
+
 # ------------------------------------------------------------------------------------------------------------------- the choice
 
 
