@@ -195,13 +195,23 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
     bench.add_argument(
         "what",
-        choices=(
-            "kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "ablation", "sync", "scaling",
-        ),  # fmt: skip
+        choices=[
+            "kernels",
+            "rollout",
+            "step",
+            "learner",
+            "rewards",
+            "cost",
+            "warmup",
+            "memory",
+            "ablation",
+            "sync",
+            "scaling",
+        ],
     )
     bench.add_argument(
         "--model",
-        help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
+        help="a model folder (rollout, step, scaling) or a shape (cost, memory, sync, scaling, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
     )
     bench.add_argument("--threads", type=positive, default=1)
     bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
@@ -233,16 +243,25 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     bench.add_argument("--prompts", type=positive, default=32, help="step, scaling: prompts of a step (32)")
     bench.add_argument("--samples", type=positive, default=8, help="step, scaling: samples of a prompt (8)")
     bench.add_argument("--tokens", type=positive, default=64, help="step, scaling: the most tokens of a sample (64)")
-    bench.add_argument("--steps", type=positive, help="steps to run (step 10, scaling 6); ablation: of each run (the config's)")
+    bench.add_argument(
+        "--steps", type=positive, help="steps to run (step 10, scaling 6); ablation: of each run (the config's)"
+    )
     bench.add_argument("--wall", type=positive, help="step: end a run so many seconds after its first step")
     bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
-    bench.add_argument("--config", help="ablation, scaling --suite curve: the run that is varied, a YAML file or a shipped one")
+    bench.add_argument(
+        "--config", help="ablation, scaling --suite curve: the run that is varied, a YAML file or a shipped one"
+    )
     bench.add_argument("--seeds", type=count, nargs="+", default=[0, 1], help="ablation: of each variant (0 1)")
     bench.add_argument("--parallel", type=positive, default=1, help="ablation: runs at a time on the device (1)")
     bench.add_argument(
-        "--limit-s", type=positive, metavar="S", help="ablation: end and evaluate what still runs then (36000); scaling: of all runs (480)"
+        "--limit-s",
+        type=positive,
+        metavar="S",
+        help="ablation: end and evaluate what still runs then (36000); scaling: of all runs (480)",
     )
-    bench.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation, scaling: overrides of the config")
+    bench.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation, scaling: overrides of the config"
+    )
     bench.add_argument(
         "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
     )

@@ -440,7 +440,7 @@ def test_a_learner_that_is_stopped_does_not_hold_its_engines() -> None:
         kind="nccl", version=1, address=channel.address, session="s", group="g", rank=1, world=2, wait_s=1.0, stall_s=1.0
     )
     receiver._channel = channel
-    with pytest.raises(LinkBroken, match="an answer of .* where the learner was waited for"):
+    with pytest.raises(LinkBroken, match=r"an answer of .* where the learner was waited for"):
         receiver.receive(ticket, Net(1))
     assert time.monotonic() - begin < 10 and receiver._channel is None
     process.kill()
