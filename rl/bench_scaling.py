@@ -66,7 +66,9 @@ def bench_scaling(bench: ScalingBench, parts: Sequence[str], say: Say) -> dict[s
     if "curve" in parts and not bench.config:
         raise ValueError("bench scaling: the part curve compares one run in several places: name it by --config")
     if bench.gpu and torch.cuda.device_count() < 2:
-        raise ValueError(f"bench scaling: {bench.device} has {torch.cuda.device_count()} GPUs here, and this compares two with one")
+        raise ValueError(
+            f"bench scaling: {bench.device} has {torch.cuda.device_count()} GPUs here, and this compares two with one"
+        )
     runs = {"throughput": 2, "schedule": 2, "curve": len(PLACES), "kills": 1}
     seconds = bench.limit_s / sum(runs[part] for part in parts)
     rows: list[dict[str, Any]] = []
@@ -82,11 +84,19 @@ def bench_scaling(bench: ScalingBench, parts: Sequence[str], say: Say) -> dict[s
             for part in parts:
                 {"throughput": throughput, "schedule": schedule, "curve": curve, "kills": kills}[part](made, add)
     name = torch.cuda.get_device_name() if bench.gpu else "cpu"
-    return {"bench": "scaling", "torch": torch.__version__, "device": name, "model": bench.model or "random, 2 layers", "figures": {"rows": rows}}
+    return {
+        "bench": "scaling",
+        "torch": torch.__version__,
+        "device": name,
+        "model": bench.model or "random, 2 layers",
+        "figures": {"rows": rows},
+    }
 
 
 def throughput(made: Made, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    one, two = (add(made.row(f"throughput {place}", made.config(f"throughput-{place}", place))) for place in ("one", "two"))
+    one, two = (
+        add(made.row(f"throughput {place}", made.config(f"throughput-{place}", place))) for place in ("one", "two")
+    )
     names = {"rollout": "rollout_tokens_per_s", "learner": "trained_tokens_per_s"}
     if all(name in row for name in names.values() for row in (one, two)):
         add({"row": "two over one", **{part: round(two[name] / one[name], 3) for part, name in names.items()}})
@@ -107,7 +117,11 @@ def curve(made: Made, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
     bench, found = made.bench, {}
     for place in PLACES:
-        own = [f"name=curve-{place}", f"runs_dir={made.scratch}", *([f"model.path={bench.model}"] if bench.model else [])]
+        own = [
+            f"name=curve-{place}",
+            f"runs_dir={made.scratch}",
+            *([f"model.path={bench.model}"] if bench.model else []),
+        ]
         config = load_config(find_config(str(bench.config)), [*placement(place, bench.gpu), *bench.overrides, *own])
         found[place] = add(made.row(f"curve {place}", config))
     first = found["one"].get("first", {})
@@ -161,7 +175,14 @@ def kills(made: Made, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         after = next((moment - when for moment, text in heard if moment >= when and name in text), None)
         row[f"{who}_named_after_s"] = None if after is None else round(after, 2)
     steps = [found["step"] for found in read_rows(config)]
-    add({**row, "steps": len(steps), "missing": sorted(set(range(1, last + 1)) - set(steps)), "twice": len(steps) - len(set(steps))})
+    add(
+        {
+            **row,
+            "steps": len(steps),
+            "missing": sorted(set(range(1, last + 1)) - set(steps)),
+            "twice": len(steps) - len(set(steps)),
+        }
+    )
 
 
 class Made:
@@ -232,7 +253,9 @@ class Made:
         rows = read_rows(config)
         row |= {"run_s": round(time.perf_counter() - begin, 1)}
         if len(rows) <= WARM_UP and len(rows) < config.schedule.steps:
-            return row | {"failed": f"{len(rows)} steps within {self.seconds:.0f} s, the start included: raise --limit-s"}
+            return row | {
+                "failed": f"{len(rows)} steps within {self.seconds:.0f} s, the start included: raise --limit-s"
+            }
         return row | figures(rows, ends)
 
 

@@ -246,9 +246,7 @@ def measure(part: str, peers: Sequence[Any], bucket_bytes: int, repeats: int) ->
     }
 
 
-def transfer(
-    part: str, learner: Any, engine: Any, address: str, version: int, bucket_bytes: int
-) -> dict[str, float]:
+def transfer(part: str, learner: Any, engine: Any, address: str, version: int, bucket_bytes: int) -> dict[str, float]:
     """One version, sent and loaded: the engine's own times. RuntimeError for what it says against it."""
     import ray
 

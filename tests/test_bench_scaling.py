@@ -21,7 +21,9 @@ SMALL = ["--prompts", "2", "--samples", "4", "--tokens", "8"]
 
 
 def made_for(tmp_path: Path, **options: Any) -> Made:
-    bench = ScalingBench(**{"model": str(tmp_path / "m"), "prompts": 2, "samples": 4, "tokens": 8, "steps": 5, **options})
+    bench = ScalingBench(
+        **{"model": str(tmp_path / "m"), "prompts": 2, "samples": 4, "tokens": 8, "steps": 5, **options}
+    )
     return Made(bench, tmp_path, 60.0, lambda text: None)
 
 
@@ -42,7 +44,9 @@ def test_the_coin_falls_both_ways_and_on_the_sample_alone() -> None:
     assert [coin(None, sample).value for sample in samples] == [1.0, 0.0] * 4
 
 
-def test_what_cannot_be_compared_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_compared_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for arguments, message in (
         (["scaling", "--suite", "speed"], "part 'speed' is unknown: the parts are throughput, schedule, curve, kills"),

@@ -437,7 +437,15 @@ def test_a_learner_that_is_stopped_does_not_hold_its_engines() -> None:
     os.kill(process.pid, signal.SIGSTOP)
     begin = time.monotonic()
     ticket = Ticket(
-        kind="nccl", version=1, address=channel.address, session="s", group="g", rank=1, world=2, wait_s=1.0, stall_s=1.0
+        kind="nccl",
+        version=1,
+        address=channel.address,
+        session="s",
+        group="g",
+        rank=1,
+        world=2,
+        wait_s=1.0,
+        stall_s=1.0,
     )
     receiver._channel = channel
     with pytest.raises(LinkBroken, match=r"an answer of .* where the learner was waited for"):
