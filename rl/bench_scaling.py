@@ -31,6 +31,7 @@ PLACES = {"one": (1, 1, True), "two": (2, 2, True), "apart": (1, 1, False)}
 FIRST = ("loss/policy", "loss/indexer_kl", "entropy", "grad_norm")  # of a step, compared between placements
 PROMPT = 256  # tokens of a prompt at most, for the size of the cache
 KILL_AFTER = {2: "engine", 4: "rank"}  # step -> who is killed when it ends
+NAMED = {"engine": "rollout worker 1", "rank": "the learner's"}  # what a line that names it holds
 Say = Callable[[str], object]
 
 
@@ -134,8 +135,6 @@ def curve(made: Made, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 def kills(made: Made, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """As the steps of KILL_AFTER end, a process is killed. Named: the first line of the log, or of progress, with its name."""
-    import ray
-
     from winnow.rl.cluster import connect
     from winnow.rl.train import train
 
@@ -154,12 +153,9 @@ def kills(made: Made, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         who = KILL_AFTER.get(step, "")
         if not who or who in killed:
             return
-        if who == "engine":
-            pid, name = int(cluster.pool.describe()[1].split("pid ")[1].split()[0]), "rollout worker 1"
-        else:
-            pid, name = ray.get(cluster.learner.actors[1].pid.remote(), timeout=60), "the learner's"
-        killed[who] = (time.perf_counter(), name)
-        os.kill(pid, signal.SIGKILL)
+        victim = process_of(cluster, who)
+        killed[who] = (time.perf_counter(), NAMED[who])
+        os.kill(victim, signal.SIGKILL)
 
     listener = Listener(logging.ERROR)
     logging.getLogger("winnow").addHandler(listener)
@@ -175,14 +171,17 @@ def kills(made: Made, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         after = next((moment - when for moment, text in heard if moment >= when and name in text), None)
         row[f"{who}_named_after_s"] = None if after is None else round(after, 2)
     steps = [found["step"] for found in read_rows(config)]
-    add(
-        {
-            **row,
-            "steps": len(steps),
-            "missing": sorted(set(range(1, last + 1)) - set(steps)),
-            "twice": len(steps) - len(set(steps)),
-        }
-    )
+    missing = sorted(set(range(1, last + 1)) - set(steps))
+    add({**row, "steps": len(steps), "missing": missing, "twice": len(steps) - len(set(steps))})
+
+
+def process_of(cluster: Any, who: str) -> int:
+    """The process id of the second engine, or of the learner's second rank."""
+    import ray
+
+    if who == "engine":
+        return int(cluster.pool.describe()[1].split("pid ")[1].split()[0])
+    return ray.get(cluster.learner.actors[1].pid.remote(), timeout=60)
 
 
 class Made:

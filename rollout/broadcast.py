@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.rollout.transport import Channel, LinkBroken, within
+from winnow.rollout.transport import Channel, LinkBroken, Ticket, within
 
 _POLL_S = 5e-5
 
@@ -122,6 +122,24 @@ def environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+class Membership:
+    """The group that a process is in, over transfers, until a ticket names another or it breaks."""
+
+    def __init__(self) -> None:
+        self._group: Group | None = None
+
+    def of(self, ticket: Ticket, device: torch.device) -> Group:
+        if self._group is None or self._group.name != ticket.group:
+            self.leave()
+            self._group = Group(ticket.group, ticket.address, ticket.rank, ticket.world, device, ticket.stall_s)
+        return self._group
+
+    def leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
 
 
 class BroadcastSender:

@@ -41,7 +41,7 @@ class Sender:
 
     def __init__(self, host: str, device: torch.device) -> None:
         self.device, self.channel = device, Channel(f"{host}:0", host=True)
-        self._group: broadcast.Group | None = None
+        self._membership = broadcast.Membership()
         self._buffers: list[ipc.Bounce] = []
         self._opened: set[str] = set()  # incarnations that have mapped the buffers
 
@@ -84,10 +84,7 @@ class Sender:
         self.channel.say(f"{session}/go", "go")
         if ticket.kind == "ipc":
             return ipc.IpcSender(self.channel, order, self._buffers, self._opened)
-        if self._group is None or self._group.name != ticket.group:
-            self._drop_group()
-            self._group = broadcast.Group(ticket.group, self.address, 0, ticket.world, self.device, ticket.stall_s)
-        return broadcast.BroadcastSender(self._group, layout.num_buckets)
+        return broadcast.BroadcastSender(self._membership.of(ticket, self.device), layout.num_buckets)
 
     def _make_buffers(self, layout: Layout) -> None:
         """Two buffers of a bucket's size, that stay."""
@@ -99,15 +96,10 @@ class Sender:
     def _give_up(self, session: str, error: Exception) -> str:
         """Releases whoever waits for this transfer. Returns why."""
         why = str(error) if isinstance(error, LinkBroken) else f"the learner failed: {type(error).__name__}: {error}"
-        self._drop_group()
+        self._membership.leave()
         self._opened.clear()  # nobody knows who has mapped what
         self.channel.say(f"{session}/stop", why)
         return why
-
-    def _drop_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
 
     def _report(self, order: Order, layout: Layout, broken: str) -> dict[int, str]:
         """What every engine says in the end. What was said is forgotten where all went well: nobody reads it any more."""
@@ -120,7 +112,7 @@ class Sender:
                 report[member.number] = str(error)
         if any(said != "ok" for said in report.values()):
             log.warning("weights of version %d: %s", layout.version, broken or report)
-            self._drop_group()
+            self._membership.leave()
             self._opened.clear()
             return report
         ranks, numbers = range(1, ticket.world), range(layout.num_buckets)
@@ -137,7 +129,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self._channel: Channel | None = None
-        self._group: broadcast.Group | None = None
+        self._membership = broadcast.Membership()
         self._ipc = ipc.IpcReceiver()
         self._stream: Any = None
 
@@ -157,7 +149,7 @@ class Receiver:
                 if ticket.kind == "ipc":
                     sent, arrived = self._ipc.receive(channel, ticket, buckets, checksum)
                 else:
-                    sent, arrived = broadcast.receive(self._joined(ticket, device), buckets, checksum)
+                    sent, arrived = broadcast.receive(self._membership.of(ticket, device), buckets, checksum)
                 try:
                     check_sums(layout, sent, arrived)
                 except WeightError:
@@ -199,33 +191,20 @@ class Receiver:
 
     def _connected(self, ticket: Ticket) -> Channel:
         if self._channel is None or self._channel.address != ticket.address:
-            self._drop_group()
+            self._membership.leave()
             self._ipc = ipc.IpcReceiver()
             self._channel = Channel(ticket.address)
         return self._channel
 
-    def _joined(self, ticket: Ticket, device: torch.device) -> broadcast.Group:
-        if self._group is None or self._group.name != ticket.group:
-            self._drop_group()
-            self._group = broadcast.Group(
-                ticket.group, ticket.address, ticket.rank, ticket.world, device, ticket.stall_s
-            )
-        return self._group
-
     def _failed(self, channel: Channel, ticket: Ticket, error: Exception) -> None:
         """Says what went wrong here, if anybody can still hear it."""
         if not isinstance(error, WeightError):
-            self._drop_group()
+            self._membership.leave()
         try:
             channel.say(f"{ticket.session}/said/{ticket.rank}", f"{type(error).__name__}: {error}")
         except LinkBroken as gone:
             self._channel = None
             log.warning("%s", gone)
-
-    def _drop_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
 
 
 def room(layout: Layout, device: torch.device) -> Tensor:

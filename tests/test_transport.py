@@ -24,6 +24,7 @@ from winnow.rl.config import ConfigError, make_config
 from winnow.rl.transports import transport_of
 from winnow.rollout import transfer
 from winnow.rollout.broadcast import Group, make_group, no_multicast
+from winnow.rollout.ipc import Bounce
 from winnow.rollout.transfer import Receiver, Sender
 from winnow.rollout.transport import (
     Channel,
@@ -382,6 +383,18 @@ def test_a_group_of_nccl_cannot_end_its_process_nor_use_multicast(
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")  # the user's
     no_multicast()
     assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_memory_that_cannot_be_shared_says_what_to_set() -> None:
+    def refuse() -> None:
+        raise RuntimeError("invalid argument\nframe #0")
+
+    bounce = Bounce(16, CPU)
+    os.close(bounce._fd)
+    bounce._fd = -1
+    bounce.data = SimpleNamespace(untyped_storage=lambda: SimpleNamespace(_share_cuda_=refuse))  # type: ignore[assignment]
+    with pytest.raises(LinkBroken, match=r"cannot be shared \(invalid argument\): set cluster.transport to store"):
+        bounce.handle()
 
 
 def test_colocated_processes_share_bundles() -> None:
