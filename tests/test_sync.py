@@ -211,7 +211,7 @@ def light_learner_class() -> type:
 def test_a_worker_lost_while_weights_travel_holds_up_nobody(
     small_store: Any, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One of two workers is stopped when new weights come (nccl), or killed (ipc): the other has them, the new one gets them late."""
+    """One of two workers is killed when new weights come (nccl), or stopped (ipc): the other has them, the new one gets them late."""
     config = make_config(
         {"model": {"path": "m"}, "domains": [{"name": "d", "source": "lookup"}]},
         (f"cluster.transport={transport}", f"cluster.colocate={str(transport == 'ipc').lower()}", "cluster.stall_timeout_s=3"),
@@ -227,7 +227,7 @@ def test_a_worker_lost_while_weights_travel_holds_up_nobody(
         for version in (0, 1):
             assert pool.push_weights(learner.weights(version)) == {0: version, 1: version}
         before = pids(pool)
-        os.kill(before[1], signal.SIGSTOP if transport == "nccl" else signal.SIGKILL)
+        os.kill(before[1], signal.SIGKILL if transport == "nccl" else signal.SIGSTOP)
         begin = time.monotonic()
         assert set(pool.push_weights(learner.weights(2))) <= {0, 1}
         assert time.monotonic() - begin < 60
