@@ -331,7 +331,7 @@ def bench_ablation(arguments: Any, say: Callable[[str], object]) -> dict[str, An
 
     return Ablation(
         config=find_config(a.config), out=Path(a.out), variants=a.only or DEFAULT, seeds=a.seeds or (0, 1), overrides=overrides_of(a),
-        device=a.device, parallel=a.parallel, limit_s=a.limit_s, say=say,
+        device=a.device, parallel=a.parallel, limit_s=a.limit_s or Ablation.limit_s, say=say,
     ).run()  # fmt: skip
 
 

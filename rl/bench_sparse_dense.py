@@ -34,7 +34,7 @@ def bench_sparse_dense(arguments: Any, say: Callable[[str], object]) -> dict[str
     tasks = tasks_of(config, a.model, Path(a.text), Path(a.out), length, overrides_of(a), say)
     return Ablation(
         config=config, out=Path(a.out), variants=a.only or VARIANTS, seeds=a.seeds or (0, 1), device=a.device, parallel=a.parallel,
-        overrides=[f"domains.0.source={tasks}", *overrides_of(a)], limit_s=a.limit_s, say=say,
+        overrides=[f"domains.0.source={tasks}", *overrides_of(a)], limit_s=a.limit_s or Ablation.limit_s, say=say,
     ).run()  # fmt: skip
 
 

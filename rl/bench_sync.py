@@ -3,7 +3,9 @@
     two Ray actors, one with the weights, one with another model of the shape ─ transfer, loaded ─> seconds; beside them the raw rate
 
 Raw rates: of nccl the process group's own broadcast of as many bytes, of ipc one copy of as many bytes on the device, of store a put and a
-get of one array. Every run sends other weights, and what arrived is compared with what was sent at the end.
+get of one array. `share_of_nccl` is of the raw broadcast of the same run, where there was one. `engine_s` says where the engine's time
+went: until it had all and had compared the checksums, and to load it. Every run sends other weights, and what arrived is compared with
+what was sent at the end.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from torch import Tensor
 from winnow.rl.bench_models import SHAPES, random_model
 from winnow.rollout.transport import Layout, Member, Order, Ticket, checksum, fill, own_device, written
 
-PARTS = ("store", "ipc", "nccl")
+PARTS = ("nccl", "ipc", "store")  # the broadcast first: its raw rate is what the others are compared with too
 FULL = {"qwen3-1.7b": {"vocab_size": 151936, "tie_word_embeddings": True}}  # shapes whose head other benches cut
 LIMIT_S = 120.0  # of one call
 STALL_S = 20.0
-REPEATS = {"store": 3, "ipc": 9, "nccl": 9}
+REPEATS = {"nccl": 9, "ipc": 9, "store": 3}
 
 
 class Peer:
@@ -63,8 +65,12 @@ class Peer:
         named = self.named()
         return self.sender.send(order, Layout.of(named, order.ticket.version, bucket_bytes), iter(named.values()))
 
-    def receive(self, ticket: Ticket) -> None:
-        self._load(self.receiver.receive(ticket, self.model), ticket.version)
+    def receive(self, ticket: Ticket) -> dict[str, float]:
+        begin = time.perf_counter()
+        tensors = self.receiver.receive(ticket, self.model)
+        there = time.perf_counter()
+        self._load(tensors, ticket.version)
+        return {"receive": there - begin, "load": time.perf_counter() - there}
 
     def put(self, version: int) -> list[Any]:
         import ray
@@ -73,10 +79,14 @@ class Peer:
 
         return [ray.put(pack(self.model.state_dict(), version))]
 
-    def take(self, update: Any) -> None:
+    def take(self, update: Any) -> dict[str, float]:
         from winnow.rollout.weights import unpack
 
-        self._load(dict(unpack(update)), update.version)
+        begin = time.perf_counter()
+        tensors = dict(unpack(update))
+        there = time.perf_counter()
+        self._load(tensors, update.version)
+        return {"receive": there - begin, "load": time.perf_counter() - there}
 
     def digest(self) -> list[str]:
         """Checksums of all weights."""
@@ -159,7 +169,7 @@ def bench_sync(
         raise ValueError(f"bench sync: shape {shape!r} is unknown: the shapes are {', '.join(SHAPES)}")
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"bench sync: {unknown[0]!r} is unknown: the transports are {', '.join(PARTS)}")
-    gpu, rows = device.startswith("cuda"), []
+    gpu, rows, broadcast = device.startswith("cuda"), [], 0.0
     peers: list[Any] = []
     kept = 0.0  # the share of a GPU that the peers have
     with ray_session(Config()):
@@ -178,6 +188,8 @@ def bench_sync(
                     peers, kept = start_peers(shape, layers, gpu, threads, share), share
                 try:
                     row |= measure(part, peers, bucket_mb << 20, repeats or REPEATS[part])
+                    broadcast = row["raw_gb_per_s"] if part == "nccl" else broadcast
+                    row |= {"share_of_nccl": round(row["gb_per_s"] / broadcast, 3)} if broadcast else {}
                 except Exception as error:  # the other parts may work, with other processes
                     row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[-1][:300]}"
                     for peer in peers:
@@ -210,11 +222,11 @@ def measure(part: str, peers: Sequence[Any], bucket_bytes: int, repeats: int) ->
     about, other = ray.get([learner.about.remote(), engine.about.remote()], timeout=LIMIT_S)
     if part == "ipc" and about["device"] != other["device"]:
         raise ValueError(f"the two ends are on {about['device']} and {other['device']}: ipc needs one GPU")
-    nbytes, times = about["bytes"], []
+    nbytes, times, inside = about["bytes"], [], []
     for version in range(repeats + 1):
         ray.get(learner.change.remote(), timeout=LIMIT_S)
         begin = time.perf_counter()
-        transfer(part, learner, engine, about["address"], version, bucket_bytes)
+        inside.append(transfer(part, learner, engine, about["address"], version, bucket_bytes))
         times.append(time.perf_counter() - begin)
     raw = raw_seconds(part, learner, engine, about["address"], nbytes)
     sent, arrived = ray.get([learner.digest.remote(), engine.digest.remote()], timeout=LIMIT_S)
@@ -225,6 +237,7 @@ def measure(part: str, peers: Sequence[Any], bucket_bytes: int, repeats: int) ->
     return {
         "gb": round(nbytes / 1e9, 3),
         "seconds": {name: round(value, 4) for name, value in spread.items()},
+        "engine_s": {name: round(statistics.median(each[name] for each in inside[1:]), 4) for name in inside[0]},
         "runs": repeats,
         "gb_per_s": round(nbytes / 1e9 / seconds, 2),
         "raw_gb_per_s": round(nbytes / 1e9 / raw, 2),
@@ -233,14 +246,13 @@ def measure(part: str, peers: Sequence[Any], bucket_bytes: int, repeats: int) ->
     }
 
 
-def transfer(part: str, learner: Any, engine: Any, address: str, version: int, bucket_bytes: int) -> None:
-    """One version, sent and loaded. RuntimeError for what the engine says against it."""
+def transfer(part: str, learner: Any, engine: Any, address: str, version: int, bucket_bytes: int) -> dict[str, float]:
+    """One version, sent and loaded: the engine's own times. RuntimeError for what it says against it."""
     import ray
 
     if part == "store":
         [reference] = ray.get(learner.put.remote(version), timeout=LIMIT_S)
-        ray.get(engine.take.remote(reference), timeout=LIMIT_S)
-        return
+        return ray.get(engine.take.remote(reference), timeout=LIMIT_S)
     common: dict[str, Any] = {
         "kind": part, "version": version, "address": address, "session": f"{part}{version}", "group": "bench", "world": 2, "wait_s": LIMIT_S,
         "stall_s": STALL_S,
@@ -248,9 +260,10 @@ def transfer(part: str, learner: Any, engine: Any, address: str, version: int, b
     member = Member(number=0, name="the engine", key="engine", host="here", device="same")
     order = Order(ticket=Ticket(rank=0, **common), members=(member,))
     sent, received = learner.send.remote(order, bucket_bytes), engine.receive.remote(Ticket(rank=1, **common))
-    report, _ = ray.get([sent, received], timeout=LIMIT_S)
+    report, times = ray.get([sent, received], timeout=LIMIT_S)
     if report != {0: "ok"}:
         raise RuntimeError(f"the transfer failed: {report[0]}")
+    return times
 
 
 def raw_seconds(part: str, learner: Any, engine: Any, address: str, nbytes: int, repeats: int = 5) -> float:

@@ -228,11 +228,13 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
             "ablation",
             "sparse-dense",
             "sync",
+            "scaling",
         ),
     )
     bench.add_argument(
         "--model",
-        help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
+        help="a model folder (rollout, step, scaling) or a shape (cost, memory, sync, scaling, rollout with --lengths): qwen3-1.7b, v3.2 ...; "
+        "without it a small random one",
     )
     bench.add_argument("--threads", type=positive, default=1)
     bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
@@ -247,7 +249,9 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument("--out", help="a file for the same JSON; ablation, sparse-dense, step --seeds: a folder")
     bench.add_argument("--device", default="cpu", help="where to measure (cpu)")
-    bench.add_argument("--layers", type=positive, help="cost, memory, learner, sync: cut the shape to so many layers")
+    bench.add_argument(
+        "--layers", type=positive, help="cost, memory, learner, sync, scaling: cut the shape to so many layers"
+    )
     bench.add_argument(
         "--lengths",
         type=positive,
@@ -262,19 +266,19 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PART",
         help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
-        "greedy, records: of a model folder; sync: store, ipc, nccl (all of them)",
+        "greedy, records: of a model folder; sync: nccl, ipc, store (all of them); scaling: throughput, schedule, curve, kills",
     )
     bench.add_argument(
         "--text", help="rollout --suite greedy, records: a text to read; sparse-dense: where facts are hidden"
     )
     bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
-    bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
-    bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
-    bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
+    bench.add_argument("--prompts", type=positive, default=32, help="step, scaling: prompts of a step (32)")
+    bench.add_argument("--samples", type=positive, default=8, help="step, scaling: samples of a prompt (8)")
+    bench.add_argument("--tokens", type=positive, default=64, help="step, scaling: the most tokens of a sample (64)")
     bench.add_argument(
         "--steps",
         type=positive,
-        help="step: steps to run (10; 1000 with --seeds); ablation, sparse-dense: of each run (the config's)",
+        help="step, scaling: steps to run (10, 6; 1000 with --seeds); ablation, sparse-dense: of each run (the config's)",
     )
     bench.add_argument(
         "--wall", type=positive, help="step: end a run so many seconds after its first step (60 with --seeds)"
@@ -282,7 +286,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
     bench.add_argument(
         "--config",
-        help="ablation, sparse-dense (sparse_dense): the run whose variants are compared, a YAML file or a shipped one",
+        help="ablation, sparse-dense (sparse_dense), scaling --suite curve: the run that is varied, a YAML file or a shipped one",
     )
     bench.add_argument(
         "--seeds", type=count, nargs="+", help="ablation, sparse-dense: of each variant (0 1); step: a process each"
@@ -293,12 +297,16 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--limit-s",
         type=positive,
-        default=36000,
         metavar="S",
-        help="ablation, sparse-dense: end and evaluate what still runs then; step --seeds: begin no run that would not end before",
+        help="ablation, sparse-dense: end and evaluate what still runs then (36000); step --seeds: begin no run that would not end before "
+        "(36000); scaling: of all runs (480)",
     )
     bench.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation, sparse-dense: overrides of the config"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="ablation, sparse-dense, scaling: overrides of the config",
     )
     bench.add_argument(
         "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"

@@ -27,6 +27,7 @@ from winnow.rl.remote_learner import RemoteLearner, start_learner
 from winnow.rl.watch import watch_learner
 from winnow.rollout.schema import Group, Request
 
+log = logging.getLogger("winnow.rl")
 HERE = "here"
 DRIFT = 1e-5  # nats
 PROBE_TOKENS = 8192
@@ -53,10 +54,8 @@ class Cluster:
         pool: Any,
         on_close: Callable[[], None] | None = None,
         on_revive: Callable[[], LearnerLike] | None = None,
-        watching: threading.Event | None = None,
     ) -> None:
         self.learner, self.pool, self._on_close, self._on_revive = learner, pool, on_close, on_revive
-        self._watching = watching
         self._stats: dict[int, dict[str, int]] = {}
 
     def revive(self) -> None:
@@ -113,8 +112,6 @@ class Cluster:
     def close(self) -> None:
         """Ends every process this cluster started. Safe to call twice."""
         on_close, self._on_close = self._on_close, None
-        if self._watching is not None:
-            self._watching.set()
         if on_close is not None:
             self.pool.shutdown()
             on_close()
@@ -175,6 +172,8 @@ def ray_session(config: Config, copies: int = 1) -> Iterator[None]:
         raise ValueError(
             f"there is no Ray cluster at {address!r} ({error}): start one with `ray start --head`, or set cluster.address=local"
         ) from None
+    except Exception as error:  # of no class of its own: on a busy machine Ray gives up after 30 s
+        raise RuntimeError(f"Ray did not start or could not be joined: {error}") from error
     try:
         yield
     finally:
@@ -186,31 +185,38 @@ def build(config: Config, places: Places) -> Cluster:
     import ray
 
     actors: list[Any] = []
+    watches: list[threading.Event] = []
 
     def close() -> None:
+        for watch in watches:
+            watch.set()
         for actor in actors:
             with contextlib.suppress(Exception):  # the process may be gone already
                 ray.kill(actor)
         actors.clear()
 
-    def start() -> RemoteLearner:
-        close()
-        actors.extend(start_learner(config, places.learner))
+    def join() -> RemoteLearner:
         learner = RemoteLearner(list(actors), config)
         learner.join()
+        # A learner that may be started again leaves the pool as it is: its death is named, and found by its next call.
+        watches[:] = [watch_learner(learner.actors, log.error if config.learner.restarts else pool.shutdown)]
         return learner
 
+    def restart() -> RemoteLearner:
+        close()
+        actors.extend(start_learner(config, places.learner))
+        return join()
+
+    pool: Any = None
     try:
         actors.extend(start_learner(config, places.learner))  # they start while the workers do
         pool = make_pool(config, places.workers)
-        learner = RemoteLearner(list(actors), config)
-        learner.join()
+        return Cluster(join(), pool, close, restart)
     except BaseException:
+        if pool is not None:
+            pool.shutdown()
         close()
         raise
-    # A learner that may be started again leaves the pool as it is.
-    watching = None if config.learner.restarts else watch_learner(actors, pool.shutdown)
-    return Cluster(learner, pool, close, start, watching)
 
 
 def worker_spec(config: Config) -> Any:
@@ -250,10 +256,12 @@ def make_pool(config: Config, places: Sequence[Any]) -> Any:
     from winnow.rollout.pool import Pool, PoolLimits
 
     drain_s = config.rollout.drain_timeout_s if config.rollout.on_update == "drain" else 0.0
+    load_s = PoolLimits().load_timeout_s + drain_s
     limits = PoolLimits(
         request_timeout_s=config.rollout.request_timeout_s,
         start_timeout_s=config.cluster.start_timeout_s,
-        load_timeout_s=PoolLimits().load_timeout_s + drain_s,
+        load_timeout_s=load_s,
+        weights_timeout_s=config.cluster.step_timeout_s + load_s,
     )
     options = [{"num_gpus": config.cluster.worker_gpus, "scheduling_strategy": place} for place in places]
     return Pool(worker_spec(config), options, limits=limits)

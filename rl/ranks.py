@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from winnow.rollout.broadcast import no_multicast
+
 Value = TypeVar("Value")
 
 
@@ -97,6 +99,7 @@ def join_ranks(rank: int, world: int, address: str, timeout_s: float, shared_gpu
     shared_gpu: ranks share a GPU, which NCCL refuses; tensors on it go through gloo then, slowly.
     """
     if world > 1 and not torch.distributed.is_initialized():
+        no_multicast()
         if torch.cuda.is_available():
             torch.cuda.set_device(0)  # the only one this process was given
         torch.distributed.init_process_group(

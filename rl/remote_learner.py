@@ -115,9 +115,8 @@ class RemoteLearner:
             self._get("join", address, len(set(devices)) < len(devices))
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """Every rank's result of a call that does not take long."""
-        references = self.submit(method, *arguments)
-        return self.results(method, references)
+        """Every rank's result."""
+        return self.results(method, self.submit(method, *arguments))
 
     def submit(self, method: str, *arguments: Any) -> list[Any]:
         """References to every rank's result. Waits for nothing."""
@@ -129,18 +128,16 @@ class RemoteLearner:
             return [getattr(actor, method).remote(*arguments) for actor in self.actors]
 
     def results(self, method: str, references: Sequence[Any]) -> list[Any]:
-        """Of calls that have ended: LearnerDied, or what a rank raised."""
+        """Every rank's, once all are there. Raises as soon as one has failed, whatever the others wait for: LearnerDied, or what it raised."""
         import ray
 
-        try:
-            return ray.get(list(references), timeout=self.timeout_s)
-        except ray.exceptions.RayError as error:
-            raise self._explain(method, references, error) from None
+        self._wait(method, references)
+        return ray.get(list(references), timeout=self.timeout_s)
 
     def _get(self, method: str, *arguments: Any) -> Any:
         import ray
 
-        return ray.get(self._wait(method, self.submit(method, *arguments)))
+        return ray.get(self._wait(method, self.submit(method, *arguments)), timeout=self.timeout_s)
 
     def _wait(self, method: str, references: Sequence[Any]) -> Any:
         """The first of the ranks' references, once every rank is done. Raises what a rank raised; TimeoutError after `timeout_s`."""
@@ -225,6 +222,9 @@ def make_actor_class() -> type:
             import ray
 
             return free_address(ray.util.get_node_ip_address())
+
+        def pid(self) -> int:
+            return os.getpid()
 
         def hand_over(self, version: int) -> tuple[Any, None]:
             """This rank's update, and nothing: two results, see `RemoteLearner`."""

@@ -4,6 +4,8 @@ store   Ray's object store: any placement
 ipc     memory that both ends map: each engine on a learner rank's own GPU (without GPUs: its own machine), cluster.colocate
 nccl    a broadcast from the first rank to all engines: GPUs of their own on both sides (without GPUs: gloo)
 auto    ipc for colocated GPUs, nccl for whole GPUs on both sides, store for everything else
+
+Only the store keeps weights that the learner has moved on from. With schedule.sync_every above 1 a worker that comes back may need such.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ def transport_of(config: Any) -> str:
     cluster = config.cluster
     if cluster.transport != "auto":
         return cluster.transport
-    if cluster.address == "here" or not (cluster.learner_gpus and cluster.worker_gpus):
+    if (
+        cluster.address == "here"
+        or not (cluster.learner_gpus and cluster.worker_gpus)
+        or config.schedule.sync_every > 1
+    ):
         return "store"
     if cluster.colocate:
         return "ipc"
@@ -38,6 +44,12 @@ def check_transport(config: Any) -> None:
         return
     if cluster.colocate:
         _check_colocation(config)
+    if cluster.transport in ("ipc", "nccl") and config.schedule.sync_every > 1:
+        raise ConfigError(
+            f"cluster.transport is {cluster.transport}, which sends the weights that the learner has, but schedule.sync_every is "
+            f"{config.schedule.sync_every}: a worker that is started again between two updates would wait for weights that nobody has any "
+            "more; set cluster.transport to store, or sync_every to 1"
+        )
     if cluster.transport == "ipc" and not cluster.colocate:
         raise ConfigError(
             f"cluster.transport is ipc, which needs each engine on a learner rank's own GPU, but learner ({learner:g} GPUs a rank) and "

@@ -236,6 +236,15 @@ def bench(arguments: argparse.Namespace) -> None:
 
         a = arguments
         figures = bench_sync(a.model or "small", a.device, a.suite or PARTS, a.layers, a.threads, say=say)
+    elif arguments.what == "scaling":
+        from winnow.rl.bench_scaling import ScalingBench, bench_scaling
+
+        a = arguments
+        asked = ScalingBench(
+            model=a.model, layers=a.layers, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens,
+            steps=a.steps or ScalingBench.steps, limit_s=a.limit_s or ScalingBench.limit_s, config=a.config, overrides=tuple(a.set),
+        )  # fmt: skip
+        figures = bench_scaling(asked, a.suite or ("throughput", "schedule"), say)
     elif arguments.what in ("cost", "warmup", "memory"):
         figures = measure_models(arguments.what, arguments)
     elif arguments.what == "rollout" and arguments.suite:
@@ -325,7 +334,9 @@ def versus(arguments: argparse.Namespace) -> None:
         model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens,
         steps=a.steps or 1000, wall=a.wall or 60,
     )  # fmt: skip
-    missing = Versus(bench, Path(a.out), a.peers, a.seeds, a.only or (), a.limit_s, say).run()["missing"]
+    missing = Versus(bench, Path(a.out), a.peers, a.seeds, a.only or (), a.limit_s or Versus.limit_s, say).run()[
+        "missing"
+    ]
     print((Path(a.out) / "table.md").read_text(), end="")
     if missing:
         raise RuntimeError(

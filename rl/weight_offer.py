@@ -86,8 +86,6 @@ class StreamOffer:
         if not self._sending:
             return True
         done, waiting = ray.wait(self._sending, num_returns=len(self._sending), timeout=0, fetch_local=False)
-        if waiting and not done:
-            return False
         if waiting and not self._failed(done):
             return False
         reports = self.learner.results("send", self._sending)

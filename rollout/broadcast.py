@@ -1,7 +1,8 @@
 """Buckets by a broadcast: one process group of the learner's first rank and the engines, apart from every other group of theirs.
 
 On GPUs its backend is NCCL, on CPUs gloo; the code is the same. A group stays together over transfers until one breaks or a member is
-replaced. NCCL does not notice a member's death: so every wait looks at the clock, and a group that is given up is aborted.
+replaced. NCCL does not notice a member's death: so every wait looks at the clock, and a group that is given up is aborted. Until that
+is through the device may still read and write what was under way: the group holds on to it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from winnow.rollout.transport import Channel, LinkBroken
+from winnow.rollout.transport import Channel, LinkBroken, Ticket, within
 
-Result = TypeVar("Result")
 _POLL_S = 5e-5
 
 
@@ -28,6 +28,8 @@ class Group:
 
     def __init__(self, name: str, address: str, rank: int, world: int, device: torch.device, stall_s: float) -> None:
         self.name, self.device, self.stall_s = name, device, stall_s
+        self._under_way: dict[Any, Tensor] = {}  # broadcast -> what it reads or writes
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._group = within(
             stall_s, f"group {name} of {world}", lambda: make_group(name, address, rank, world, device, stall_s)
         )
@@ -41,37 +43,50 @@ class Group:
     def start(self, data: Tensor) -> Any:
         """Begins a broadcast of `data` from rank 0. Nobody touches `data` before `wait`."""
         try:
-            return self._group.broadcast(data, 0)
+            work = self._group.broadcast(data, 0)
         except RuntimeError as error:
             raise LinkBroken(f"the broadcast of group {self.name} failed: {error}") from error
+        self._under_way[work] = data
+        return work
 
     def wait(self, work: Any) -> None:
         """Returns when the broadcast is done. LinkBroken when that takes longer than `stall_s`, or a member is gone."""
-        deadline = time.monotonic() + self.stall_s
         try:
-            if self.device.type == "cpu":
+            if self._aside is None:
                 work.wait(timedelta(seconds=self.stall_s))
-                return
-            while not work.is_completed():
-                if time.monotonic() > deadline:
-                    raise LinkBroken(f"the broadcast of group {self.name} made no progress for {self.stall_s:.0f} s")
-                time.sleep(_POLL_S)
-            work.wait()  # the current stream after it
-        except LinkBroken:
-            raise
+            else:
+                self._wait_for_device(work, self._aside)
         except RuntimeError as error:
+            if isinstance(error, LinkBroken):
+                raise
             text = str(error).splitlines()[0]
             raise LinkBroken(f"the broadcast of group {self.name} failed: {text}") from error
+        self._under_way.pop(work, None)
+
+    def _wait_for_device(self, work: Any, aside: torch.cuda.Stream) -> None:
+        """Looks whether the device is through. What NCCL itself calls completed may be an error, and it raises none here; and a stream
+        that waits for a broadcast that hangs would hang with it, so that is a stream of the group's own."""
+        deadline = time.monotonic() + self.stall_s
+        with torch.cuda.stream(aside):
+            work.wait()
+            done = aside.record_event()
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise LinkBroken(f"the broadcast of group {self.name} made no progress for {self.stall_s:.0f} s")
+            time.sleep(_POLL_S)
+        torch.cuda.current_stream(self.device).wait_event(done)
 
     def abort(self) -> None:
         """Ends it at once, whatever runs. Its destruction may wait for what it has under way: a thread of its own does that."""
         group, self._group = self._group, None
+        held, self._under_way = self._under_way, {}
 
-        def end(group: Any) -> None:
+        def end(group: Any, held: dict[Any, Tensor]) -> None:
             with suppress(Exception):  # there is nobody left to tell
                 group.abort()
+            held.clear()
 
-        threading.Thread(target=end, args=(group,), name="winnow-group-end", daemon=True).start()
+        threading.Thread(target=end, args=(group, held), name="winnow-group-end", daemon=True).start()
 
 
 def make_group(name: str, address: str, rank: int, world: int, device: torch.device, stall_s: float) -> Any:
@@ -80,16 +95,23 @@ def make_group(name: str, address: str, rank: int, world: int, device: torch.dev
     limit = timedelta(seconds=stall_s)
     if device.type == "cpu":
         return torch.distributed.ProcessGroupGloo(store, rank, world, limit)
+    no_multicast()
     options = torch.distributed.ProcessGroupNCCL.Options()
     options._timeout = limit
-    with environment(NCCL_NVLS_ENABLE="0", TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+    with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0"):
         return torch.distributed.ProcessGroupNCCL(store, rank, world, options)
+
+
+def no_multicast() -> None:
+    """Before a process's first NCCL group of any kind, since NCCL reads this once: without NVLink multicast, a fault in which can take a
+    host's GPUs from everybody on it. NCCL_NVLS_ENABLE=1 in the environment asks for it."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """For NCCL, which reads it when a group is made: without NVLink multicast, and a broken group must not end the engine's process.
-    Every other group of this process keeps its settings."""
+    """For torch, which reads it when a group is made: neither an error of this group's nor a wait for its end may end the process, as both
+    do by default. Every other group of this process keeps its settings."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -102,25 +124,22 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def within(seconds: float, what: str, function: Callable[[], Result]) -> Result:
-    """The function's result, computed by a thread that is left behind where it takes longer: LinkBroken then, and for any error of it."""
-    box: dict[str, Any] = {}
+class Membership:
+    """The group that a process is in, over transfers, until a ticket names another or it breaks."""
 
-    def run() -> None:
-        try:
-            box["result"] = function()
-        except Exception as error:
-            box["error"] = error
+    def __init__(self) -> None:
+        self._group: Group | None = None
 
-    thread = threading.Thread(target=run, name="winnow-bounded", daemon=True)
-    thread.start()
-    thread.join(seconds + 1.0)  # the function's own limits come first, and say more
-    if "error" in box:
-        error = box["error"]
-        raise error if isinstance(error, LinkBroken) else LinkBroken(f"{what}: {error}") from error
-    if "result" not in box:
-        raise LinkBroken(f"{what} was not complete within {seconds:.0f} s")
-    return box["result"]
+    def of(self, ticket: Ticket, device: torch.device) -> Group:
+        if self._group is None or self._group.name != ticket.group:
+            self.leave()
+            self._group = Group(ticket.group, ticket.address, ticket.rank, ticket.world, device, ticket.stall_s)
+        return self._group
+
+    def leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
 
 
 class BroadcastSender:

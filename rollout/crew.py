@@ -44,6 +44,7 @@ class Crew:
         self.refusals: dict[int, Exception] = {}  # version -> a worker's refusal of that update
         self._options = [options_of(each, spec.threads) for each in options]
         self._class, self._up = worker_class, False
+        self._stuck = 0.0  # since when requests wait for workers that all wait for weights; 0: they do not
         self._tickets = count()  # of samples that were sent: a late answer to one that was cancelled fits no other
         self.workers = [Worker(number) for number in range(len(options))]
         for worker in self.workers:
@@ -152,6 +153,17 @@ class Crew:
                 self._replace(worker, why, TimeoutError, killed=True)
             elif worker.ping is None and now - worker.pinged > min(_PING_EVERY_S, limits.ping_timeout_s):
                 worker.ping, worker.pinged = worker.actor.ping.remote(), now
+        if not self.ledger.line or any(worker.state not in ("waiting", "failed") for worker in self.workers):
+            self._stuck = 0.0
+        elif not self._stuck:
+            self._stuck = now
+        elif now - self._stuck > limits.weights_timeout_s:
+            version = self.weights.version if self.weights is not None else -1
+            self.error = TimeoutError(
+                f"all rollout workers have waited {now - self._stuck:.0f} s for weights of version {version} or newer, which the learner does "
+                "not send, and requests wait for them"
+            )
+            self.fail(self.error)
 
     def cancel(self, call: Call) -> None:
         """Forgets what is left of a call, here and on the workers."""

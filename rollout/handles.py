@@ -18,6 +18,9 @@ class PoolLimits:
     request_timeout_s: float = 600.0  # since a worker got the request or last delivered anything
     start_timeout_s: float = 300.0  # a place in the cluster, process, imports and model
     load_timeout_s: float = 120.0  # one weight update
+    weights_timeout_s: float = (
+        3720.0  # for the learner, in the midst of an update maybe, to have weights for workers that wait for some
+    )
     ping_timeout_s: float = 45.0  # a process that is up answers a ping, whatever its engine does
     max_attempts: int = 3  # times a request may fail or be lost before its error is raised
     max_restarts: int = 3  # starts in a row of one worker that may fail

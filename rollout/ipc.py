@@ -36,10 +36,17 @@ class Bounce:
         self.data = _open(f"/proc/self/fd/{self._fd}", size)
 
     def handle(self) -> str:
-        """What another process needs to map it; of one receiver alone (torch counts them)."""
+        """What another process needs to map it; of one receiver alone (torch counts them). LinkBroken where the allocator refuses."""
         if self._fd >= 0:
             return json.dumps([f"/proc/{os.getpid()}/fd/{self._fd}", self.data.numel()])
-        shared = self.data.untyped_storage()._share_cuda_()
+        try:
+            shared = self.data.untyped_storage()._share_cuda_()
+        except RuntimeError as error:  # of segments that can grow, in some versions
+            reason = str(error).splitlines()[0]
+            raise LinkBroken(
+                f"the learner's memory cannot be shared ({reason}): set cluster.transport to store, or leave expandable_segments out of "
+                "PYTORCH_CUDA_ALLOC_CONF"
+            ) from error
         return json.dumps([{"hex": item.hex()} if isinstance(item, bytes) else item for item in shared])
 
     def __del__(self) -> None:

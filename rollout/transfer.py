@@ -41,7 +41,7 @@ class Sender:
 
     def __init__(self, host: str, device: torch.device) -> None:
         self.device, self.channel = device, Channel(f"{host}:0", host=True)
-        self._group: broadcast.Group | None = None
+        self._membership = broadcast.Membership()
         self._buffers: list[ipc.Bounce] = []
         self._opened: set[str] = set()  # incarnations that have mapped the buffers
 
@@ -65,10 +65,11 @@ class Sender:
             carrier.finish()
         except LinkBroken as error:
             broken = self._give_up(order.ticket.session, error)
+        except Exception as error:  # the learner's own, memory for one: the engines need not find out by waiting
+            self._give_up(order.ticket.session, error)
+            raise
         finally:
-            for (
-                _
-            ) in tensors:  # the other ranks wait for their gathers; no buffer is touched, somebody may still read it
+            for _ in tensors:  # the other ranks wait for their gathers; nobody touches a buffer that may still be read
                 pass
         return self._report(order, layout, broken)
 
@@ -83,10 +84,7 @@ class Sender:
         self.channel.say(f"{session}/go", "go")
         if ticket.kind == "ipc":
             return ipc.IpcSender(self.channel, order, self._buffers, self._opened)
-        if self._group is None or self._group.name != ticket.group:
-            self._drop_group()
-            self._group = broadcast.Group(ticket.group, self.address, 0, ticket.world, self.device, ticket.stall_s)
-        return broadcast.BroadcastSender(self._group, layout.num_buckets)
+        return broadcast.BroadcastSender(self._membership.of(ticket, self.device), layout.num_buckets)
 
     def _make_buffers(self, layout: Layout) -> None:
         """Two buffers of a bucket's size, that stay."""
@@ -95,18 +93,13 @@ class Sender:
             self._opened.clear()
             self._buffers = [ipc.Bounce(size, self.device) for _ in range(ipc.BUFFERS)]
 
-    def _give_up(self, session: str, error: LinkBroken) -> str:
+    def _give_up(self, session: str, error: Exception) -> str:
         """Releases whoever waits for this transfer. Returns why."""
-        why = str(error) or "the transfer was given up"
-        self._drop_group()
+        why = str(error) if isinstance(error, LinkBroken) else f"the learner failed: {type(error).__name__}: {error}"
+        self._membership.leave()
         self._opened.clear()  # nobody knows who has mapped what
         self.channel.say(f"{session}/stop", why)
         return why
-
-    def _drop_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
 
     def _report(self, order: Order, layout: Layout, broken: str) -> dict[int, str]:
         """What every engine says in the end. What was said is forgotten where all went well: nobody reads it any more."""
@@ -119,7 +112,7 @@ class Sender:
                 report[member.number] = str(error)
         if any(said != "ok" for said in report.values()):
             log.warning("weights of version %d: %s", layout.version, broken or report)
-            self._drop_group()
+            self._membership.leave()
             self._opened.clear()
             return report
         ranks, numbers = range(1, ticket.world), range(layout.num_buckets)
@@ -136,7 +129,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self._channel: Channel | None = None
-        self._group: broadcast.Group | None = None
+        self._membership = broadcast.Membership()
         self._ipc = ipc.IpcReceiver()
         self._stream: Any = None
 
@@ -150,11 +143,13 @@ class Receiver:
         try:
             with self._own_stream(device):
                 layout, stream = self._prepare(channel, ticket, model, device)
+                tensors = layout.tensors(stream)
+                channel.hear(f"{ticket.session}/go", ticket.wait_s + GRACE_S, "the learner", ticket.session)
                 buckets = [stream[layout.span(number)] for number in range(layout.num_buckets)]
                 if ticket.kind == "ipc":
                     sent, arrived = self._ipc.receive(channel, ticket, buckets, checksum)
                 else:
-                    sent, arrived = broadcast.receive(self._joined(ticket, device), buckets, checksum)
+                    sent, arrived = broadcast.receive(self._membership.of(ticket, device), buckets, checksum)
                 try:
                     check_sums(layout, sent, arrived)
                 except WeightError:
@@ -166,22 +161,21 @@ class Receiver:
             self._failed(channel, ticket, error)
             raise
         channel.say(f"{ticket.session}/said/{ticket.rank}", "ok")
-        return layout.tensors(stream)
+        return tensors
 
     def _prepare(
         self, channel: Channel, ticket: Ticket, model: nn.Module, device: torch.device
     ) -> tuple[Layout, Tensor]:
-        """The layout, checked, and room for the whole stream; returns when every engine is there."""
-        session, ready = ticket.session, f"{ticket.session}/ready/{ticket.rank}"
+        """The layout, checked, and room for the whole stream, which the learner is told."""
+        session, ready, targets = ticket.session, f"{ticket.session}/ready/{ticket.rank}", model.state_dict()
         try:
             layout = Layout.read(channel.hear(f"{session}/layout", ticket.wait_s, "the learner", session))
-            check_match(model, layout.shapes, layout.version)
+            check_match(targets, layout.shapes, layout.version)
             stream = room(layout, device)
         except WeightError as error:
             channel.say(ready, f"refused: {error}")
             raise
         channel.say(ready, "ready")
-        channel.hear(f"{session}/go", ticket.wait_s + GRACE_S, "the learner", session)
         return layout, stream
 
     @contextmanager
@@ -197,33 +191,20 @@ class Receiver:
 
     def _connected(self, ticket: Ticket) -> Channel:
         if self._channel is None or self._channel.address != ticket.address:
-            self._drop_group()
+            self._membership.leave()
             self._ipc = ipc.IpcReceiver()
             self._channel = Channel(ticket.address)
         return self._channel
 
-    def _joined(self, ticket: Ticket, device: torch.device) -> broadcast.Group:
-        if self._group is None or self._group.name != ticket.group:
-            self._drop_group()
-            self._group = broadcast.Group(
-                ticket.group, ticket.address, ticket.rank, ticket.world, device, ticket.stall_s
-            )
-        return self._group
-
     def _failed(self, channel: Channel, ticket: Ticket, error: Exception) -> None:
         """Says what went wrong here, if anybody can still hear it."""
         if not isinstance(error, WeightError):
-            self._drop_group()
+            self._membership.leave()
         try:
             channel.say(f"{ticket.session}/said/{ticket.rank}", f"{type(error).__name__}: {error}")
         except LinkBroken as gone:
             self._channel = None
             log.warning("%s", gone)
-
-    def _drop_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
 
 
 def room(layout: Layout, device: torch.device) -> Tensor:

@@ -11,21 +11,28 @@ leaves it with the weights it has. Every wait is bounded; whoever gives up says 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import lru_cache
+from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from winnow.rollout.weights import WeightError
 
+Result = TypeVar("Result")
 ALIGN = 16  # bytes: a view of any dtype can start at every offset
 GRACE_S = 5.0  # for the others' last words, once something has gone wrong
 _LISTEN_S = 0.5  # between two looks whether somebody has given up
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 1e-4, 1e-2  # between two looks for what is waited for: longer and longer
+_FIRST_PAUSE_S, _LAST_PAUSE_S = (
+    1e-4,
+    1e-2,
+)  # between two looks for what is waited for: a tenth of the wait so far, within these
 _ROW = 512  # 8-byte words of a row of the checksum's matrix
 
 
@@ -58,22 +65,19 @@ class Layout:
         """Of tensors in their order; those split over ranks count whole."""
         if bucket_bytes < ALIGN or bucket_bytes % ALIGN:
             raise ValueError(f"a bucket of {bucket_bytes} bytes is no multiple of {ALIGN}: set cluster.bucket_mb >= 1")
-        pieces, offset = [], 0
-        for name, tensor in tensors.items():
-            nbytes = tensor.numel() * tensor.element_size()
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            pieces.append(Piece(name=name, shape=tuple(tensor.shape), dtype=dtype, offset=offset, nbytes=nbytes))
-            offset += -(-nbytes // ALIGN) * ALIGN
-        return cls(version=version, pieces=tuple(pieces), nbytes=offset, bucket_bytes=bucket_bytes)
+        rows = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items())
+        pieces, nbytes = _laid_out(rows)
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes)
 
     @classmethod
     def read(cls, text: str) -> Layout:
-        values = json.loads(text)
-        pieces = tuple(Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in values.pop("pieces"))
-        return cls(pieces=pieces, **values)
+        head, _, names = text.partition("\n")
+        version, bucket_bytes = json.loads(head)
+        pieces, nbytes = _laid_out(_rows(names))
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes)
 
     def write(self) -> str:
-        return json.dumps(asdict(self))
+        return f"{json.dumps([self.version, self.bucket_bytes])}\n{_text(self.pieces)}"
 
     @property
     def num_buckets(self) -> int:
@@ -98,10 +102,35 @@ class Layout:
         found = {}
         for piece in self.pieces:
             dtype = getattr(torch, piece.dtype)
-            flat = stream[piece.offset : piece.offset + piece.nbytes]
-            empty = torch.empty(piece.shape, dtype=dtype, device=stream.device)
-            found[piece.name] = flat.view(dtype).view(piece.shape) if piece.nbytes else empty
+            if piece.nbytes:
+                found[piece.name] = stream[piece.offset : piece.offset + piece.nbytes].view(dtype).view(piece.shape)
+            else:
+                found[piece.name] = torch.empty(piece.shape, dtype=dtype, device=stream.device)
         return found
+
+
+# From one version to the next nothing of this changes: a large model's takes milliseconds, once.
+
+
+@lru_cache(maxsize=8)
+def _laid_out(rows: tuple[tuple[str, tuple[int, ...], str], ...]) -> tuple[tuple[Piece, ...], int]:
+    """(name, shape, dtype) of each tensor -> where it lies, and the bytes in all."""
+    pieces, offset = [], 0
+    for name, shape, dtype in rows:
+        nbytes = prod(shape) * getattr(torch, dtype).itemsize
+        pieces.append(Piece(name=name, shape=shape, dtype=dtype, offset=offset, nbytes=nbytes))
+        offset += -(-nbytes // ALIGN) * ALIGN
+    return tuple(pieces), offset
+
+
+@lru_cache(maxsize=8)
+def _text(pieces: tuple[Piece, ...]) -> str:
+    return json.dumps([[piece.name, piece.shape, piece.dtype] for piece in pieces])
+
+
+@lru_cache(maxsize=8)
+def _rows(text: str) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    return tuple((name, tuple(shape), dtype) for name, shape, dtype in json.loads(text))
 
 
 def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -194,20 +223,49 @@ class Order:
     members: tuple[Member, ...]
 
 
+def within(seconds: float, what: str, function: Callable[[], Result]) -> Result:
+    """The function's result, computed by a thread that is left behind where it takes longer: LinkBroken then, and for any error of it."""
+    box: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            box["result"] = function()
+        except Exception as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=run, name="winnow-bounded", daemon=True)
+    thread.start()
+    thread.join(seconds + 1.0)  # the function's own limits come first, and say more
+    if "error" in box:
+        error = box["error"]
+        raise error if isinstance(error, LinkBroken) else LinkBroken(f"{what}: {error}") from error
+    if "result" not in box:
+        raise LinkBroken(f"{what} was not complete within {seconds:.0f} s")
+    return box["result"]
+
+
 class Channel:
-    """Short texts between the ends of a transfer, over a TCP store that the learner's process keeps. Not for two threads at once."""
+    """Short texts between the ends of a transfer, over a TCP store that the learner's process keeps. Not for two threads at once.
+
+    A store whose process is stopped, or whose machine is gone without a word, answers nothing and ends no call: so they are made by a thread
+    that is left behind then, and with it the channel.
+    """
 
     def __init__(self, address: str, host: bool = False, connect_s: float = 20.0) -> None:
         name, _, port = address.rpartition(":")
-        try:
-            self.store = torch.distributed.TCPStore(
+        self._host, self._mute = host, False
+
+        def connect() -> Any:
+            return torch.distributed.TCPStore(
                 name, int(port), is_master=host, wait_for_workers=False, timeout=timedelta(seconds=connect_s)
             )
-        except Exception as error:  # of several classes
-            raise LinkBroken(f"no connection to the learner at {address}: {error}") from error
+
+        self.store = within(connect_s, f"no connection to the learner at {address}", connect)
         self.address = f"{name}:{self.store.port}"
 
     def say(self, key: str, text: str) -> None:
+        if self._mute:
+            raise LinkBroken(f"{key!r} could not be said: {self.address} does not answer")
         try:
             self.store.set(key, text)
         except Exception as error:
@@ -215,20 +273,35 @@ class Channel:
 
     def hear(self, key: str, seconds: float, who: str, session: str = "") -> str:
         """The text, once `who` has said it. LinkBroken when it does not come within `seconds`, or somebody has stopped the session."""
-        begin, pause, looked = time.monotonic(), _FIRST_PAUSE_S, 0.0
+        if self._host:
+            return self._hear(key, seconds, who, session)
+
+        def answered() -> str:
+            try:
+                return self._hear(key, seconds, who, session)
+            finally:
+                self._mute = False
+
+        self._mute = True  # for as long as the thread is there
+        return within(seconds, f"an answer of {self.address}, where {who} was waited for ({key}),", answered)
+
+    def _hear(self, key: str, seconds: float, who: str, session: str) -> str:
+        begin, looked = time.monotonic(), 0.0
         while not self._said(key):  # a blocking wait of the store's would write a warning at every timeout
             now = time.monotonic()
             if session and now - looked > _LISTEN_S:
                 looked = now
-                self.check(session)
+                self._check(session)
             if now - begin > seconds:
                 raise LinkBroken(f"{who} said nothing for {seconds:.0f} s ({key})")
-            time.sleep(pause)
-            pause = min(1.5 * pause, _LAST_PAUSE_S)
+            time.sleep(min(max((now - begin) / 10, _FIRST_PAUSE_S), _LAST_PAUSE_S))
         return self.store.get(key).decode()
 
     def check(self, session: str) -> None:
-        """LinkBroken where somebody has given the session up."""
+        """LinkBroken where somebody has given the session up, or nobody answers."""
+        within(GRACE_S, f"an answer of {self.address}", lambda: self._check(session))
+
+    def _check(self, session: str) -> None:
         if self._said(f"{session}/stop"):
             raise LinkBroken(self.store.get(f"{session}/stop").decode())
 

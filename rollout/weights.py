@@ -51,14 +51,14 @@ class WeightUpdate:
 
 
 def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without second names: of those with the same storage, offset and shape the first is kept."""
+    """The tensors without second names: of those in one place the first is kept."""
     first: dict[tuple, str] = {}
-    kept = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
-        if tensor.numel() == 0 or first.setdefault(place, name) == name:
-            kept[name] = tensor
-    return kept
+    return {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(_place(t), n) == n}
+
+
+def _place(tensor: Tensor) -> tuple:
+    """What tied tensors have in common, and a view of a part of another, or another view of it, has not."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def pack(tensors: Mapping[str, Tensor], version: int, bucket_bytes: int = 1 << 28) -> WeightUpdate:
@@ -75,10 +75,9 @@ def pack(tensors: Mapping[str, Tensor], version: int, bucket_bytes: int = 1 << 2
     for number, (members, size) in enumerate(zip(plan, sizes, strict=True)):
         bucket = np.zeros(size, dtype=np.uint8)
         for name, tensor, offset in members:
-            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
             view = bucket[offset : offset + tensor.nbytes]
-            if flat.numel():
-                view[:] = flat.view(torch.uint8).numpy()
+            if tensor.nbytes:
+                torch.from_numpy(view).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
             dtype = str(tensor.dtype).removeprefix("torch.")
             crc = zlib.crc32(view.data)
             entry = TensorEntry(
@@ -115,23 +114,22 @@ def unpack(update: WeightUpdate, verify: bool = True) -> Iterator[tuple[str, Ten
             yield entry.name, torch.frombuffer(view, dtype=dtype).reshape(entry.shape)
 
 
-def check_match(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
-    """WeightError unless tensors of these names and shapes are all that `model` needs, and nothing else. A tied tensor of the model may
-    come under any of its names, and under all of them."""
-    targets = model.state_dict()
+def check_match(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
+    """WeightError unless tensors of these names and shapes are all that a model with these `targets` (its state dict) needs, and nothing
+    else. A tied tensor of the model may come under any of its names, and under all of them."""
     unknown = [name for name in shapes if name not in targets]
     if unknown:
         raise WeightError(
             f"weights of version {version}: the model has no tensor {unknown[0]!r} ({len(unknown)} unknown in all)"
         )
-    covered = {targets[name].data_ptr() for name in shapes}
-    missing = [name for name, target in targets.items() if name not in shapes and target.data_ptr() not in covered]
-    if missing:
+    missing = [name for name in targets if name not in shapes]
+    covered = {_place(targets[name]) for name in shapes} if missing else set()
+    if missing := [name for name in missing if _place(targets[name]) not in covered]:
         raise WeightError(
             f"weights of version {version}: no tensor for {missing[0]!r} arrived ({len(missing)} missing in all)"
         )
     for name, shape in shapes.items():
-        if tuple(shape) != tuple(targets[name].shape):
+        if shape != targets[name].shape:
             raise WeightError(
                 f"weights of version {version}: tensor {name!r} has shape {tuple(shape)}, "
                 f"the model wants {tuple(targets[name].shape)}"
@@ -140,8 +138,7 @@ def check_match(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], version
 
 def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], version: int) -> None:
     """Overwrites every weight of `model` in place. Casts dtypes. WeightError, before anything is written, unless `check_match`."""
-    check_match(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, version)
     targets = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
+    check_match(targets, {name: tensor.shape for name, tensor in tensors.items()}, version)
+    with torch.no_grad():  # a few launches on a GPU, not one a tensor
+        torch._foreach_copy_([targets[name] for name in tensors], list(tensors.values()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,26 @@ def test_an_impossible_placement_is_refused_before_ray_starts(
     placement.check_placement(config_for(tmp_path, "cluster.learner_gpus=1", "cluster.worker_gpus=1"))  # fits
     joined = config_for(tmp_path, "cluster.learner_gpus=64", "cluster.address=auto")
     placement.check_placement(joined)  # for the cluster to say
+
+
+def test_what_was_started_ends_and_a_learners_death_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the pool, whose callers wait for groups; in the log where the learner is started again and the pool goes on."""
+    pool, told, joined = SilentPool(), [], [True, True, False]
+    learner = SimpleNamespace(actors=[], join=lambda: joined.pop(0) or pytest.fail("not together"))
+    monkeypatch.setattr(clusters, "start_learner", lambda config, places: [])
+    monkeypatch.setattr(clusters, "make_pool", lambda config, options: pool)
+    monkeypatch.setattr(clusters, "RemoteLearner", lambda actors, config: learner)
+    monkeypatch.setattr(clusters, "watch_learner", lambda actors, tell: told.append(tell) or threading.Event())
+    places = placement.Places(learner=[], workers=[])
+    clusters.build(config_for(tmp_path), places)
+    clusters.build(config_for(tmp_path, "learner.restarts=1"), places)
+    told[1]("rank 1 is gone")
+    assert not pool.closed
+    told[0]("rank 1 is gone")
+    assert pool.closed == 1 and pool.why == "rank 1 is gone"
+    with pytest.raises(pytest.fail.Exception, match="not together"):
+        clusters.build(config_for(tmp_path), places)
+    assert pool.closed == 2, "the workers of a learner that did not come together end with it"
 
 
 @pytest.mark.slow

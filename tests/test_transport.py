@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +23,8 @@ from winnow.rl import placement
 from winnow.rl.config import ConfigError, make_config
 from winnow.rl.transports import transport_of
 from winnow.rollout import transfer
+from winnow.rollout.broadcast import Group, make_group, no_multicast
+from winnow.rollout.ipc import Bounce
 from winnow.rollout.transfer import Receiver, Sender
 from winnow.rollout.transport import (
     Channel,
@@ -272,6 +279,124 @@ def test_an_engine_that_dies_or_hangs_holds_up_nobody(
         assert equal(hall.answer(1, "s2")["weights"], Net(2).state_dict())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_learner_that_fails_on_the_way_says_so_at_once(kind: str, tmp_path: Path) -> None:
+    with Hall(kind, ("fine",), tmp_path) as hall:
+        named = untied(Net(1).state_dict())
+
+        def tensors() -> Any:
+            yield named["embed.weight"]
+            raise MemoryError("no room for the next one")
+
+        order = Order(ticket=hall.ticket("s1", "g1", 1, 0, hall.members), members=hall.members)
+        with pytest.raises(MemoryError, match="no room"):
+            hall.sender.send(order, Layout.of(named, 1, BUCKET), tensors())
+        answer = hall.answer(1)
+        assert answer["kept"] and answer["seconds"] < 10 < hall.stall_s and answer["said"].startswith("LinkBroken: ")
+        assert kind != "ipc" or "the learner failed: MemoryError: no room for the next one" in answer["said"]
+        assert hall.again(Net(2), 2, "s2", "g2", (1,)) == {0: "ok"}
+        assert equal(hall.answer(1, "s2")["weights"], Net(2).state_dict())
+
+
+# -------------------------------------------------------------------------------------------------------------- what NCCL does not say
+
+
+@pytest.fixture
+def channel() -> Channel:
+    return Channel("127.0.0.1:0", host=True)
+
+
+@pytest.fixture
+def group(channel: Channel) -> Group:
+    return Group("g", channel.address, 0, 1, CPU, 1.0)
+
+
+def test_what_is_under_way_is_held_until_an_abort_is_through(group: Group) -> None:
+    """The device may write into it until then, and its memory would be somebody else's."""
+    begun, through = threading.Event(), threading.Event()
+
+    class Work:
+        def wait(self, limit: Any = None) -> None:
+            raise RuntimeError("timed out")
+
+    class Stuck:
+        def broadcast(self, data: torch.Tensor, root: int) -> Work:
+            return Work()
+
+        def abort(self) -> None:
+            begun.set()
+            through.wait(10)
+
+    assert not group._under_way, "what is done is let go"
+    group._group = Stuck()
+    data = torch.zeros(1 << 16, dtype=torch.uint8)
+    held, work = weakref.ref(data), group.start(data)
+    del data
+    with pytest.raises(LinkBroken, match="group g failed: timed out"):
+        group.wait(work)
+    group.abort()
+    del work
+    assert begun.wait(5)
+    gc.collect()
+    assert held() is not None
+    through.set()
+    deadline = time.monotonic() + 5
+    while held() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert held() is None
+
+
+def test_a_broadcast_is_done_when_the_device_is_and_not_before(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's own word for an error is `completed`, and waiting for it raises nothing."""
+    waited: list[Any] = []
+    current = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    done = SimpleNamespace(query=lambda: False)
+    work: Any = SimpleNamespace(is_completed=lambda: True, wait=lambda: True)
+    aside: Any = SimpleNamespace(record_event=lambda: done)
+    with pytest.raises(LinkBroken, match="made no progress for 1 s"):
+        group._wait_for_device(work, aside)
+    assert not waited, "the engine's own stream must not wait for what hangs"
+    done.query = lambda: True
+    group._wait_for_device(work, aside)
+    assert waited == [done]
+
+
+def test_a_group_of_nccl_cannot_end_its_process_nor_use_multicast(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, seen = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING", "NCCL_NVLS_ENABLE"), []
+
+    class FakeGroup:
+        Options = SimpleNamespace
+
+        def __init__(self, *_: Any) -> None:
+            seen.append([os.environ.get(name) for name in names])
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", FakeGroup, raising=False)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(names[0], "3")
+    make_group("g", channel.address, 0, 1, torch.device("cuda"), 1.0)
+    assert seen == [["0", "0", "0"]] and os.environ[names[0]] == "3" and names[1] not in os.environ
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")  # the user's
+    no_multicast()
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_memory_that_cannot_be_shared_says_what_to_set() -> None:
+    def refuse() -> None:
+        raise RuntimeError("invalid argument\nframe #0")
+
+    bounce = Bounce(16, CPU)
+    os.close(bounce._fd)
+    bounce._fd = -1
+    bounce.data = SimpleNamespace(untyped_storage=lambda: SimpleNamespace(_share_cuda_=refuse))  # type: ignore[assignment]
+    with pytest.raises(LinkBroken, match=r"cannot be shared \(invalid argument\): set cluster.transport to store"):
+        bounce.handle()
+
+
 def test_colocated_processes_share_bundles() -> None:
     shares = (
         "cluster.colocate=true",
@@ -308,6 +433,41 @@ def test_a_channel_says_who_was_waited_for_and_stops_when_told() -> None:
         Channel("127.0.0.1:1", connect_s=1.0)
 
 
+def test_a_learner_that_is_stopped_does_not_hold_its_engines() -> None:
+    """Its store answers nothing then, not even that there is nothing."""
+
+    def learner(address: Any) -> None:
+        channel = Channel("127.0.0.1:0", host=True)
+        address.put(channel.address)
+        time.sleep(60)
+
+    context = multiprocessing.get_context("fork")
+    address = context.Queue()
+    process = context.Process(target=learner, args=(address,), daemon=True)
+    process.start()
+    channel, receiver = Channel(address.get(timeout=20)), Receiver()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    ticket = Ticket(
+        kind="nccl",
+        version=1,
+        address=channel.address,
+        session="s",
+        group="g",
+        rank=1,
+        world=2,
+        wait_s=1.0,
+        stall_s=1.0,
+    )
+    receiver._channel = channel
+    with pytest.raises(LinkBroken, match=r"an answer of .* where the learner was waited for"):
+        receiver.receive(ticket, Net(1))
+    assert time.monotonic() - begin < 10 and receiver._channel is None
+    process.kill()
+    process.join(5)
+
+
 # ------------------------------------------------------------------------------------------------------------------- the choice
 
 
@@ -326,6 +486,7 @@ def config_of(*overrides: str) -> Any:
         (("cluster.transport=nccl",), "nccl"),
         (("cluster.transport=ipc", "cluster.colocate=true"), "ipc"),
         (("cluster.address=here", "cluster.learner_gpus=0.5", "cluster.worker_gpus=0.5"), "store"),
+        (("cluster.learner_gpus=1", "cluster.worker_gpus=1", "schedule.sync_every=2", "indexer.min_overlap=0"), "store"),
         (("cluster.colocate=true", "learner.ranks=2", "rollout.workers=4", "cluster.learner_gpus=.5", "cluster.worker_gpus=.25"), "ipc"),
     ],
 )  # fmt: skip
@@ -348,6 +509,7 @@ def test_the_transport_follows_the_placement(overrides: tuple[str, ...], chosen:
         ),
         (("cluster.colocate=true", "cluster.learner_gpus=1"), "give each a share"),
         (("cluster.transport=store", "cluster.address=here"), "leave cluster.transport at auto"),
+        (("cluster.transport=nccl", "schedule.sync_every=2"), "set cluster.transport to store, or sync_every to 1"),
         (("cluster.transport=shm",), "must be one of auto, store, ipc, nccl"),
     ],
 )  # fmt: skip

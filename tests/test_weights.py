@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from winnow.rollout.weights import WeightError, copy_into, pack, unpack
+from winnow.rollout.weights import WeightError, copy_into, pack, unpack, untied
 
 
 class Tied(nn.Module):
@@ -71,3 +71,15 @@ def test_dtypes_are_cast_and_alignment_holds():
     assert all(entry.offset % 16 == 0 for entry in pack(TENSORS, 0).entries)
     assert pack(TENSORS, 0).nbytes == sum(b.nbytes for b in pack(TENSORS, 0).buckets)
     assert isinstance(pack({}, 0).buckets[0], np.ndarray)
+
+
+def test_a_part_does_not_stand_for_the_whole():
+    """A view at the beginning of another tensor lies at the same address."""
+    target = Tied()
+    target.register_buffer("first", target.embed.weight.detach()[:2])
+    target.register_buffer("turned", target.embed.weight.detach().T)
+    sent = {name: torch.zeros_like(tensor) for name, tensor in target.state_dict().items() if "weight" not in name}
+    with pytest.raises(WeightError, match=r"no tensor for 'embed.weight' arrived \(3 missing in all\)"):
+        copy_into(target, sent, 1)
+    square = torch.randn(3, 3)
+    assert list(untied({"a": square, "b": square.T, "c": square})) == ["a", "b"]
