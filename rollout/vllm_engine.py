@@ -78,10 +78,11 @@ class VllmEngine(Engine):
             "async_scheduling": False,  # a step returns what it has drawn
             "disable_log_stats": True,
         }
-        if (
-            torch.device(device).type == "cuda"
-        ):  # must be free at the start, though kv_cache_memory_bytes says what is taken: a learner may be there
+        if torch.device(device).type == "cuda":
+            # must be free at the start, though kv_cache_memory_bytes says what is taken: a learner may be there
             arguments["gpu_memory_utilization"] = 0.01
+            # would run the largest batch once more, for kernels that this model does not call
+            arguments["enable_flashinfer_autotune"] = False
         self._llm: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**{**arguments, **options}))
         [self._runner] = self._llm.collective_rpc(_runner)
         self._net: Any = self._runner.get_model()
