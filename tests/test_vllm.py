@@ -35,7 +35,7 @@ from winnow.models.load import load, save
 from winnow.rollout import vllm_plugin
 from winnow.rollout.engine import Engine, EngineConfig
 from winnow.rollout.schema import Sampling
-from winnow.rollout.vllm_engine import VllmEngine, token_bytes
+from winnow.rollout.vllm_engine import ON_CUDA, VllmEngine, token_bytes
 from winnow.rollout.vllm_plugin import VllmError, check_version, import_vllm, installed_version
 from winnow.rollout.weights import WeightError, pack
 from winnow.rollout.worker import load_update
@@ -448,7 +448,7 @@ def test_every_family_opens_and_equals_native(family, tmp_path):
 def test_the_forward_pass_of_a_gpu_on_vllms_caches(folder, dtype):
     """vLLM opens models under a default dtype of its own, which must not reach what is fp32 in them, such as RoPE's frequencies."""
     kind = getattr(torch, dtype)
-    engine, other = open_engine(folder, dtype=dtype), Engine(load(folder, dtype), Letters(), CONFIG)
+    engine, other = open_engine(folder, dtype=dtype, **ON_CUDA), Engine(load(folder, dtype), Letters(), CONFIG)
     assert {layer.rows.dtype for layer in (*engine._net.kv, *engine._net.index.values())} == {kind}
     models = engine.model, other.model
     for (name, one), (_, two) in zip(*([*m.named_parameters(), *m.named_buffers()] for m in models), strict=True):
