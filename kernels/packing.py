@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 MAX_GROUP_TOKENS = 1 << 14  # padded query tokens in one batch
-# Rows of a product are filled up to a multiple: a CPU's matrix library computes the one to three rows beyond a thread's last block with
-# another kernel, whose last bits differ, and the same token would get another result in a longer sequence or a larger batch.
-ROW_MULTIPLE = 8
+# Rows of a product are filled up to a multiple: a CPU's matrix library computes few rows, and the ones beyond a thread's last block, with
+# another kernel, whose last bits differ, and the same token would get another result in a longer sequence or a larger batch. How many
+# are few follows the width of the CPU's vectors: up to 3 with AVX2, up to 15 with AVX-512 (docs/experiments.md).
+ROW_MULTIPLE = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def round_up(count: int) -> int:

@@ -54,6 +54,15 @@ def number(task: Task, trajectory: Trajectory) -> Score:
     )
 
 
+def each_number(task: Task, trajectory: Trajectory) -> Score:
+    """The share of the answer's numbers that stand at their places among the reply's: the first where the first is asked, and so on."""
+    wanted, found = numbers(gold(task)), numbers(trajectory.reply)
+    if not wanted:
+        raise ValueError(f"gold answer {gold(task)[-80:]!r} holds no number")
+    right = sum(a == b for a, b in zip(wanted, found, strict=False)) / len(wanted)
+    return Score(value=right, parts={"right": right, "answered": float(bool(found))})
+
+
 def gsm8k(task: Task, trajectory: Trajectory) -> Score:
     """As `number`; where the reply marks its answer with `####`, that one counts."""
     marked = trajectory.reply.rsplit("####", 1)

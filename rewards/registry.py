@@ -22,6 +22,7 @@ from winnow.rollout.schema import Environment, Reward, Task
 KNOWN_REWARDS: dict[str, Reward] = {
     "number": reasoning.number,
     "gsm8k": reasoning.gsm8k,
+    "each_number": reasoning.each_number,
     "exact": reasoning.exact,
     "choice": reasoning.choice,
     "math": reasoning.math,

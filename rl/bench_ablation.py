@@ -5,7 +5,8 @@
 Every run is `winnow train` in one process (`cluster.address: here`) and one thread, then an evaluation on the held-out tasks. The first
 run goes ahead until its first step is done: it compiles the kernels, which the others, their modules imported meanwhile, find. What is
 done is not run again. A run that fails is named with its reason and has no figures. `--limit-s` is shared evenly by what runs one after
-another: a run whose time is over is ended and evaluated where it stands, and the table covers the steps that all have.
+another: a run whose time is over is ended and evaluated where it stands, and the table covers the steps that all have. The same command
+again goes on with those runs from there. No run outlives the command, also where that is killed.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from winnow.rl import children
 from winnow.rl.config import Config, ConfigError, config_hash, make_config, read_values, to_yaml
 from winnow.rl.interrupts import Interrupts
 
@@ -36,21 +38,26 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tis": ("algorithm.correction=tis", "algorithm.recompute_old=true"),
     "icepop": ("algorithm.correction=icepop", "algorithm.recompute_old=true"),
     "opsm": ("algorithm.correction=opsm",),
+    "sparse": ("rollout.record_indices=false",),  # deterministic, at dense's cost of records: none
     "dense": ("indexer.selector=dense", "rollout.record_indices=false"),
 }
-DEFAULT = tuple(name for name in VARIANTS if name != "dense")
-# a run is to show what happens, not to stop at it; it leaves no checkpoint
+DEFAULT = tuple(name for name in VARIANTS if name not in ("sparse", "dense"))
+# a run is to show what happens, not to stop at it; a checkpoint is kept of those that are cut
 FIXED = (
-    "cluster.address=here", "learner.threads=1", "rollout.threads=1", "schedule.keep=0", "schedule.eval_every=0",
-    "algorithm.max_mismatch=1.0e+9", "indexer.min_overlap=0",
+    "cluster.address=here", "learner.threads=1", "rollout.threads=1", "schedule.keep=1", "schedule.keep_best=false",
+    "schedule.save_every=0", "schedule.eval_every=0", "algorithm.max_mismatch=1.0e+9", "indexer.min_overlap=0",
 )  # fmt: skip
 ON_GPU = ("model.dtype=bfloat16", "cluster.learner_gpus=0.5", "cluster.worker_gpus=0.5")
 FINAL = "final.json"
 POLL_S = 0.2
 SAY_S = 10.0
 EVALUATION_S = 15.0  # kept at the end of the limit for the evaluations of runs that are ended by it
+SAVE_S = 10.0  # for the checkpoints of what still runs when the command ends
 FIRST_STEP_S = 300.0  # how long the others wait for the first run's first step
-MEMORY = 0.92  # of the GPU, shared evenly by the runs
+MEMORY, CONTEXT = (
+    0.94,
+    0.007,
+)  # of the GPU, shared evenly by the runs; of it, what each one's context takes beside its tensors
 
 
 @dataclass
@@ -59,7 +66,7 @@ class Running:
 
     name: str
     config: Config
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[str] | None = None
     ends: float = 0.0  # seconds of the ablation at which it is interrupted
     status: str = "waiting"  # waiting, running, done, cut (ended by the limit, evaluated), failed
     why: str = ""
@@ -126,18 +133,17 @@ class Ablation:
         self._go = self.out / "go"
         self._go.unlink(missing_ok=True)
         for run in self.runs:
-            if is_done(run.config):
+            if (status := status_before(run.config)) == "done":
                 run.status = "done"
                 self.say(f"{run.name}: done before")
+            elif status == "cut":
+                self.say(f"{run.name}: goes on after step {read_final(run.folder)['step']}")
         self._leader = next((run for run in self.runs if run.status == "waiting"), None)
         try:
             with Interrupts():
                 self._watch()
         finally:
-            for run in self.runs:
-                if run.process is not None and run.process.poll() is None:
-                    run.process.kill()
-                    run.process.wait(10)
+            self._end_all()
             result = self.write()
         return result
 
@@ -165,19 +171,19 @@ class Ablation:
             run = next((run for run in self.runs if run.status == "waiting"), None)
             if run is None:
                 return
-            shutil.rmtree(run.folder, ignore_errors=True)  # of a run that failed or was cut
+            if status_before(run.config) != "cut":
+                shutil.rmtree(run.folder, ignore_errors=True)  # of a run that failed, or was of other inputs
             run.found.clear()
-            run.folder.mkdir(parents=True)
+            run.folder.mkdir(parents=True, exist_ok=True)
             plan = run.folder / "plan.yaml"
             plan.write_text(to_yaml(run.config))
             width = min(self.parallel, len(self.runs))
-            command = [sys.executable, "-m", "winnow.rl.bench_ablation", str(plan), str(MEMORY / width)]
-            if not self._go.exists() and run is not self._leader:
-                command.append(str(self._go))
-            with (run.folder / "run.log").open("wb") as log:
-                run.process = subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-                )
+            command = [sys.executable, "-m", "winnow.rl.bench_ablation", str(plan), str(MEMORY / width - CONTEXT)]
+            command += [
+                str(os.getpid()),
+                *([str(self._go)] if not self._go.exists() and run is not self._leader else []),
+            ]
+            run.process = children.start(command, run.folder / "run.log", env={"OMP_NUM_THREADS": "1"})
             waves = -(-sum(r.status == "waiting" for r in self.runs) // self.parallel)
             run.ends = self.elapsed + (self.limit_s - self.elapsed) / waves - EVALUATION_S
             run.status = "running"
@@ -197,7 +203,8 @@ class Ablation:
         """A run whose share of the limit is over is interrupted between two updates and evaluated; one that never began is named."""
         for run in self.runs:
             if run.status == "waiting" and self.elapsed > self.limit_s - EVALUATION_S:
-                run.status, run.why = "failed", f"not started within {self.limit_s:.0f} s"
+                late = f"not started within {self.limit_s:.0f} s"
+                run.status, run.why = ("cut", f"({late})") if status_before(run.config) == "cut" else ("failed", late)
             elif run.status == "running" and run.process is not None and self.elapsed > run.ends:
                 run.ends = math.inf
                 run.process.send_signal(signal.SIGTERM)
@@ -214,19 +221,40 @@ class Ablation:
             f"to {steps[-1][0]} ({steps[-1][1]}){last}"
         )
 
+    def _end_all(self) -> None:
+        """Ends what still runs: each may save first, so that it can go on another time."""
+        started = [run.process for run in self.runs if run.process is not None]
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        end = time.monotonic() + SAVE_S
+        while any(process.poll() is None for process in started) and time.monotonic() < end:
+            time.sleep(POLL_S)
+        for process in started:
+            children.end(process)
+
     def write(self) -> dict[str, Any]:
         """table.json, table.md and the charts, as far as the runs have come."""
         from winnow.rl.ablation_table import write_table
 
         for run in self.runs:
             self._settle(run)
-        return write_table(self.out, self.runs)
+        return write_table(self.out, self.runs, min(self.parallel, len(self.runs)))
 
 
-def is_done(config: Config) -> bool:
-    """Whether the run of exactly this config has come to its end before."""
+def status_before(config: Config) -> str | None:
+    """How the run of exactly this config, model and tasks has ended before: done, cut, or None where it has not."""
     final = read_final(config.folder)
-    return final.get("status") == "done" and final.get("config_hash") == config_hash(config)
+    same = final.get("config_hash") == config_hash(config) and final.get("inputs") == inputs(config)
+    return str(final["status"]) if same else None
+
+
+def inputs(config: Config) -> dict[str, str]:
+    """What a run reads, by what it looks like now: its model and the files of its domains."""
+    from winnow.rl.pipeline import fingerprint
+
+    files = [config.model.path, *(path for domain in config.domains for path in (domain.source, domain.path) if path)]
+    return {path: fingerprint(path) for path in files}
 
 
 def read_final(folder: Path) -> dict[str, Any]:
@@ -249,7 +277,7 @@ def reason(folder: Path, code: int) -> str:
     return f"killed by signal {-code}: {last}" if code < 0 else f"exit code {code}: {last}"
 
 
-def run_one(plan: Path, share: float, go: Path | None) -> None:
+def run_one(plan: Path, share: float, parent: int, go: Path | None) -> None:
     """The body of one process: wait for the first run, train, evaluate. TimeoutError when the first run never takes a step."""
     import torch
 
@@ -259,6 +287,7 @@ def run_one(plan: Path, share: float, go: Path | None) -> None:
     from winnow.rl.holdout import holdout_metrics
     from winnow.rl.train import train
 
+    children.watch_parent(parent)
     config = load_config(plan)
     load_tokenizer(config.model.path)  # its libraries too are imported before the wait
     end = time.monotonic() + FIRST_STEP_S
@@ -268,13 +297,26 @@ def run_one(plan: Path, share: float, go: Path | None) -> None:
         time.sleep(POLL_S)
     if config.cluster.learner_gpus:
         torch.cuda.set_per_process_memory_fraction(share)
+    resume = status_before(config) == "cut"
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # while `train` runs it saves; a run past its last step is evaluated in peace
     with here(config) as cluster:
-        result = train(config, cluster)
-        step = int(result["step"])
+        result = train(replace(config, resume=resume), cluster)
+        status, step = "done" if result["status"] == "done" else "cut", int(result["step"])
+        if status == "cut":
+            write_final(config, status, step, {})  # whatever becomes of the evaluation, the run can go on
         cluster.pool.push_weights(cluster.learner.weights(step), step)
         found = holdout_metrics(config, cluster.pool.generate, step)
-    status = "done" if result["status"] == "done" else "cut"
-    final = {"status": status, "step": step, "config_hash": config_hash(config), "eval": found}
+    write_final(config, status, step, found)
+    if status == "done":
+        shutil.rmtree(config.folder / "checkpoints", ignore_errors=True)
+
+
+def write_final(config: Config, status: str, step: int, found: Mapping[str, float]) -> None:
+    final = {
+        "status": status, "step": step, "config_hash": config_hash(config), "inputs": inputs(config), "eval": dict(found),
+    }  # fmt: skip
     temporary = config.folder / f".{FINAL}"
     temporary.write_text(json.dumps(final, indent=1, default=float))
     temporary.replace(config.folder / FINAL)
@@ -287,16 +329,18 @@ def bench_ablation(arguments: Any, say: Callable[[str], object]) -> dict[str, An
         raise ValueError("bench ablation needs --config (the run whose variants are compared) and --out (a folder)")
     from winnow.rl.verbs import find_config
 
-    overrides = [
-        *a.set,
-        *([f"schedule.steps={a.steps}"] if a.steps else []),
-        *([f"model.path={a.model}"] if a.model else []),
-    ]
     return Ablation(
-        config=find_config(a.config), out=Path(a.out), variants=a.only or DEFAULT, seeds=a.seeds, overrides=overrides,
+        config=find_config(a.config), out=Path(a.out), variants=a.only or DEFAULT, seeds=a.seeds or (0, 1), overrides=overrides_of(a),
         device=a.device, parallel=a.parallel, limit_s=a.limit_s, say=say,
     ).run()  # fmt: skip
 
 
+def overrides_of(arguments: Any) -> list[str]:
+    """What the options say of the config."""
+    a = arguments
+    steps = [f"schedule.steps={a.steps}"] if a.steps else []
+    return [*a.set, *steps, *([f"model.path={a.model}"] if a.model else [])]
+
+
 if __name__ == "__main__":
-    run_one(Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    run_one(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]) if len(sys.argv) > 4 else None)

@@ -2,7 +2,8 @@
 
     winnow bench learner --model qwen3-1.7b --device cuda --lengths 32768
 
-Rows: dense, sparse with a frozen indexer, sparse with its KL. Each is a whole `Learner.step` (forward, backward with recomputed layers, clip,
+Rows: dense on this project's tiles, dense as torch does it (the one that sparse must beat), sparse with a frozen indexer, sparse with its
+KL. Each is a whole `Learner.step` (forward, backward with recomputed layers, clip,
 AdamW) in bf16 on fp32 masters, every token trained; `parts` is the device's time by what its kernels do. On a GPU the allocator's own
 record is searched for a tensor of [tokens, vocabulary] or [length, length]: there must be none.
 """
@@ -30,6 +31,7 @@ VOCABULARY = 151_936  # Qwen3's: a head of full size, since the head is part of 
 GIB = 1 << 30
 ROWS = {
     "dense": {"selector": "dense", "train": "frozen"},
+    "dense, SDPA": {"selector": "dense", "train": "frozen", "attention": "sdpa"},
     "sparse, indexer frozen": {"selector": "indexer", "train": "frozen"},
     "sparse, indexer kl": {"selector": "indexer", "train": "kl"},
 }
@@ -41,6 +43,7 @@ PARTS = {  # names of kernels, first match wins
     "attention forward": ("_forward",),
     "attention backward": ("_backward", "_sum_rows"),
     "head": ("_fold", "_slope"),
+    "attention of SDPA": ("flash", "sdpa", "fmha"),
     "matmul": ("gemm", "cutlass", "nvjet", "xmma", "splitKreduce", "cublas"),
     "AdamW": ("adam", "multi_tensor"),
     "copies": ("Memcpy", "Memset", "copy_"),
@@ -55,19 +58,26 @@ def bench_learner(
     rows: Iterable[str] = ROWS,
     repeats: int = 3,
     progress: Callable[[str], object] = lambda text: None,
+    keep: Callable[[dict[str, Any]], object] = lambda figures: None,
 ) -> dict[str, Any]:
-    """Figures of each length and row. Times in seconds, memory in GiB; a row that failed its check has "wrong"."""
+    """Figures of each length and row. Times in seconds, memory in GiB; a row that failed its check has "wrong", one that had no room
+    "failed". `keep` takes the figures so far after each row: what is measured is not lost where a later row is."""
     figures: dict[str, Any] = {
         "bench": "learner", "shape": shape, "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
     }  # fmt: skip
-    found = []
+    found: list[dict[str, Any]] = []
     for name in rows:
         learner = make_learner(shape, device, layers, **ROWS[name])
         figures.setdefault("parameters", sum(p.numel() for p in learner.model.parameters()))
         for length in lengths:
-            found.append({"row": name, **measure(learner, length, repeats)})
+            try:
+                found.append({"row": name, **measure(learner, length, repeats)})
+            except torch.OutOfMemoryError as error:
+                learner.optimizer.zero_grad()
+                found.append({"row": name, "length": length, "failed": str(error)[:300]})
             progress(json.dumps(found[-1]))
+            keep(figures | {"figures": {"rows": found}})
         del learner
         gc.collect()
         if device.startswith("cuda"):
@@ -75,8 +85,10 @@ def bench_learner(
     return figures | {"figures": {"rows": found}}
 
 
-def make_learner(shape: str, device: str, layers: int | None, selector: str, train: str) -> Learner:
-    """A learner around a model of that shape, made on the device: no folder is written or read."""
+def make_learner(
+    shape: str, device: str, layers: int | None, selector: str, train: str, attention: str = ""
+) -> Learner:
+    """A learner around a model of that shape, made on the device: no folder is written or read. attention: transformers' own, by name."""
     gpu = device.startswith("cuda")
     dtype = "bfloat16" if gpu else "float32"
     config = make_config(
@@ -91,6 +103,8 @@ def make_learner(shape: str, device: str, layers: int | None, selector: str, tra
     learner = Learner(config)
     learner.device, learner.tokenizer = "cuda" if gpu else "cpu", None
     learner._adopt(shape_model(shape, layers, getattr(torch, dtype), device, VOCABULARY if gpu else 1024), shape)
+    if attention:  # a batch is one sequence: causal, without a mask
+        learner.model.set_attn_implementation(attention)
     return learner
 
 

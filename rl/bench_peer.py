@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -15,6 +11,7 @@ from pathlib import Path
 
 from winnow.rl.bench_models import SHAPES
 from winnow.rl.bench_steps import STEPS, VOCAB, Note
+from winnow.rl.children import end, start
 
 VLLM_S = 420  # of one vLLM process
 
@@ -31,7 +28,7 @@ def vllm_rows(
                     "config": {**config[1], **({} if whole else VOCAB.get(shape, {}))}, "steps": STEPS, "folder": scratch}  # fmt: skip
             Path(scratch, "plan.json").write_text(json.dumps(plan))
             command = [sys.executable, "-m", "winnow.rl.bench_vllm", str(Path(scratch, "plan.json"))]
-            failed = read_peer(command, Path(scratch, "log"), VLLM_S, note)
+            failed = read_peer(command, Path(scratch, "log"), VLLM_S, lambda row: note({"engine": "vllm", **row}))
             if failed:
                 note({"engine": "vllm", "row": part, "failed": failed})
 
@@ -41,32 +38,23 @@ def read_peer(command: Sequence[str], log: Path, seconds: float, note: Note) -> 
 
     END is waited for, not the end of its output: an engine's process inherits that, and outlives the one that started it.
     """
-    with open(log, "w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
-        late = threading.Event()
+    process, late = start(command, log, piped=True), threading.Event()
 
-        def stop() -> None:
-            late.set()
-            _kill(process)
+    def stop() -> None:
+        late.set()
+        end(process)
 
-        timer = threading.Timer(seconds, stop)
-        timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("ROW "):
-                    note({"engine": "vllm", **json.loads(line[4:])})
-                elif line.strip() == "END":
-                    return None
-        finally:
-            timer.cancel()
-            _kill(process)
-            process.wait(timeout=30)
+    timer = threading.Timer(max(0.0, seconds), stop)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                note(json.loads(line[4:]))
+            elif line.strip() == "END":
+                return None
+    finally:
+        timer.cancel()
+        end(process)
     why = f"stopped after {seconds:g} s" if late.is_set() else f"exit code {process.returncode}"
     return f"{why}: {log.read_text()[-1500:]}"
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """The process and those that it started: it leads a session of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import sys
-import threading
 import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from winnow.rl.children import end_together, watch_parent
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024)
@@ -25,7 +25,7 @@ SPARE = 120  # steps beyond the timed ones: requests start one after the other
 
 def main(path: str) -> None:
     plan = json.loads(Path(path).read_text())
-    _watch_parent()
+    watch_parent()
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault(
         "VLLM_WORKER_MULTIPROCESSING_METHOD", "fork"
@@ -58,25 +58,6 @@ def main(path: str) -> None:
         _guarded(f"small {plan['small'][0]}x{plan['small'][2]}", partial(_small, llm, plan["small"], vocab))
     print("END", flush=True)
     end_together()  # its engine process would take seconds to close
-
-
-def end_together() -> None:
-    """This process and the engine's, which vLLM forks: they are the session that `bench_peer` has made."""
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(0)  # started by hand: the group is somebody else's
-
-
-def _watch_parent() -> None:
-    """Ends all when whoever asked for the rows is gone, or the engine's process would hold its GPU's memory for good."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        end_together()
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _guarded(name: str, measure: Any) -> None:

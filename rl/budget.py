@@ -3,7 +3,8 @@
     share(stage) = what is left of the time x weight(stage) / sum of the weights of stages that are not done
 
 Stages that train begin no update once their share is over; what samples or evaluates has a size of its own and only weighs. A stage that
-needs less leaves the rest to those behind it. The weights are in the seconds of one specialist.
+needs less leaves the rest to those behind it. What was done before a restart is paid for already. The weights are in the seconds of one
+specialist.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ class Budget:
         self.seconds, self._begin = seconds, begin
         self.weights = weights(list(stages), num_domains)
 
-    def share(self, stage: str, done: Collection[str]) -> float | None:
-        """Seconds that this stage may take now, at least 0; None without a limit. `done`: names of stages that are behind."""
+    def share(self, stage: str, done: Collection[str], earlier: float = 0.0) -> float | None:
+        """Seconds that this stage may take now, at least 0; None without a limit. `done`: names of stages that are behind; `earlier`:
+        seconds that they took before this start."""
         if self.seconds is None:
             return None
-        left = (1 - MARGIN) * self.seconds - (time.monotonic() - self._begin)
+        left = (1 - MARGIN) * self.seconds - (time.monotonic() - self._begin) - earlier
         waiting = sum(weight for name, weight in self.weights.items() if name not in done or name == stage)
         return max(0.0, left) * self.weights[stage] / waiting
 

@@ -192,58 +192,7 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     submit.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="e.g. train my.yaml learner.lr=1e-5"
     )
-    bench = verbs.add_parser("bench", help="measure on this machine; prints JSON")
-    bench.add_argument(
-        "what",
-        choices=("kernels", "rollout", "step", "learner", "rewards", "cost", "warmup", "memory", "ablation", "sync"),
-    )
-    bench.add_argument(
-        "--model",
-        help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
-    )
-    bench.add_argument("--threads", type=positive, default=1)
-    bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
-    bench.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help="kernels: these rows, or all whose names contain a word, e.g. mla topk; step: ours, trl; ablation: these variants",
-    )
-    bench.add_argument(
-        "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
-    )
-    bench.add_argument("--out", help="a file for the same JSON; ablation: a folder")
-    bench.add_argument("--device", default="cpu", help="cost, warmup, memory, sync: where to measure (cpu)")
-    bench.add_argument("--layers", type=positive, help="cost, memory, sync: cut the shape to so many layers")
-    bench.add_argument("--lengths", type=positive, nargs="+", help="cost, warmup, memory, rollout: contexts in tokens")
-    bench.add_argument(
-        "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
-    )
-    bench.add_argument(
-        "--suite",
-        nargs="+",
-        metavar="PART",
-        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
-        "greedy, records: of a model folder; sync: store, ipc, nccl (all of them)",
-    )
-    bench.add_argument("--text", help="rollout --suite greedy, records: a text to read")
-    bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
-    bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
-    bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
-    bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
-    bench.add_argument("--steps", type=positive, help="step: steps to run (10); ablation: of each run (the config's)")
-    bench.add_argument("--wall", type=positive, help="step: end a run so many seconds after its first step")
-    bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
-    bench.add_argument("--config", help="ablation: the run whose variants are compared, a YAML file or a shipped one")
-    bench.add_argument("--seeds", type=count, nargs="+", default=[0, 1], help="ablation: of each variant (0 1)")
-    bench.add_argument("--parallel", type=positive, default=1, help="ablation: runs at a time on the device (1)")
-    bench.add_argument(
-        "--limit-s", type=positive, default=36000, metavar="S", help="ablation: end and evaluate what still runs then"
-    )
-    bench.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation: overrides of the config")
-    bench.add_argument(
-        "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
-    )
+    add_bench(verbs.add_parser("bench", help="measure on this machine; prints JSON"))
     export = verbs.add_parser("export", help="a checkpoint of a run as a plain model folder")
     export.add_argument("run", help="a run folder, or one checkpoint in it")
     export.add_argument("out", help="the folder to write")
@@ -260,6 +209,99 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     report.add_argument("--out", help="the file to write (RUN/report.html)")
     report.add_argument(
         "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
+    )
+
+
+def add_bench(bench: argparse.ArgumentParser) -> None:
+    """What is measured, and the options of each."""
+    bench.add_argument(
+        "what",
+        choices=(
+            "kernels",
+            "rollout",
+            "step",
+            "learner",
+            "rewards",
+            "cost",
+            "warmup",
+            "memory",
+            "ablation",
+            "sparse-dense",
+            "sync",
+        ),
+    )
+    bench.add_argument(
+        "--model",
+        help="a model folder (rollout, step) or a shape (cost, memory, rollout with --lengths): qwen3-1.7b, v3.2 ...; without it a small random one",
+    )
+    bench.add_argument("--threads", type=positive, default=1)
+    bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
+    bench.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="kernels: these rows, or all whose names contain a word, e.g. mla topk; step: ours, trl; ablation, sparse-dense: these variants",
+    )
+    bench.add_argument(
+        "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
+    )
+    bench.add_argument("--out", help="a file for the same JSON; ablation, sparse-dense, step --seeds: a folder")
+    bench.add_argument("--device", default="cpu", help="where to measure (cpu)")
+    bench.add_argument("--layers", type=positive, help="cost, memory, learner, sync: cut the shape to so many layers")
+    bench.add_argument(
+        "--lengths",
+        type=positive,
+        nargs="+",
+        help="cost, warmup, memory, learner, rollout: contexts in tokens; sparse-dense: the longest sequence (the model's context)",
+    )
+    bench.add_argument(
+        "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
+    )
+    bench.add_argument(
+        "--suite",
+        nargs="+",
+        metavar="PART",
+        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
+        "greedy, records: of a model folder; sync: store, ipc, nccl (all of them)",
+    )
+    bench.add_argument(
+        "--text", help="rollout --suite greedy, records: a text to read; sparse-dense: where facts are hidden"
+    )
+    bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
+    bench.add_argument("--prompts", type=positive, default=32, help="step: prompts of a step (32)")
+    bench.add_argument("--samples", type=positive, default=8, help="step: samples of a prompt (8)")
+    bench.add_argument("--tokens", type=positive, default=64, help="step: the most tokens of a sample (64)")
+    bench.add_argument(
+        "--steps",
+        type=positive,
+        help="step: steps to run (10; 1000 with --seeds); ablation, sparse-dense: of each run (the config's)",
+    )
+    bench.add_argument(
+        "--wall", type=positive, help="step: end a run so many seconds after its first step (60 with --seeds)"
+    )
+    bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
+    bench.add_argument(
+        "--config",
+        help="ablation, sparse-dense (sparse_dense): the run whose variants are compared, a YAML file or a shipped one",
+    )
+    bench.add_argument(
+        "--seeds", type=count, nargs="+", help="ablation, sparse-dense: of each variant (0 1); step: a process each"
+    )
+    bench.add_argument(
+        "--parallel", type=positive, default=1, help="ablation, sparse-dense: runs at a time on the device (1)"
+    )
+    bench.add_argument(
+        "--limit-s",
+        type=positive,
+        default=36000,
+        metavar="S",
+        help="ablation, sparse-dense: end and evaluate what still runs then; step --seeds: begin no run that would not end before",
+    )
+    bench.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="ablation, sparse-dense: overrides of the config"
+    )
+    bench.add_argument(
+        "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
     )
 
 

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from winnow.rl.checkpoints import Checkpoint
 from winnow.rl.config import Config
 from winnow.rl.metrics import engine_metrics
@@ -26,6 +28,8 @@ from winnow.rl.watch import watch_learner
 from winnow.rollout.schema import Group, Request
 
 HERE = "here"
+DRIFT = 1e-5  # nats
+PROBE_TOKENS = 8192
 
 
 class LearnerLike(Protocol):
@@ -62,11 +66,34 @@ class Cluster:
         self.learner = self._on_revive()
 
     def start(self, config: Config, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
-        """Loads model and optimizer for this config (or the checkpoint) and gives the pool the same weights."""
+        """Loads model and optimizer for this config (or the checkpoint) and gives the pool the same weights. What the learner says of the
+        model, with the version."""
         info = self.learner.resume(checkpoint.path, config) if checkpoint else self.learner.load(None, config)
         version = checkpoint.step if checkpoint else 0
         self.pool.push_weights(self.learner.weights(version), version)
-        return info
+        return {**info, "version": version}
+
+    def check_drift(self, config: Config, info: Mapping[str, Any]) -> float | None:
+        """Gives the pool the weights that it has, once more, as an update at learning rate 0 would: the engine's log-probabilities of a text
+        must stay what they were. `info` is from `start`. Returns the largest difference, in nats; None where sets are drawn at random.
+
+        The text is random tokens, more than top_k of them, so that sets are chosen. Raises RuntimeError above `DRIFT`.
+        """
+        if config.indexer.selector == "random_ties":
+            return None
+        length = min(info["context"], config.rollout.cache_tokens, PROBE_TOKENS, max(64, 2 * (info["top_k"] or 0) + 1))
+        text = np.random.default_rng(0).integers(0, info["vocab_size"], length).tolist()
+        before = self.pool.score([text])[0]
+        self.pool.push_weights(self.learner.weights(info["version"]), info["version"])
+        drift = float(np.abs(self.pool.score([text])[0] - before).max(initial=0.0))
+        self.engine_metrics()  # what this cost is no step's
+        if not drift <= DRIFT:
+            raise RuntimeError(
+                f"an update that changes nothing moved the rollout's log-probabilities by {drift:.3g} nats (at most {DRIFT:g} are rounding): "
+                "weights are lost or altered on their way from the learner to the engines, and every update would add to it. See whether another "
+                "cluster.transport or rollout.engine does the same"
+            )
+        return drift
 
     def generate(self, requests: Sequence[Request]) -> list[Group]:
         """All groups, in the order of their requests: the order of arrival must not matter."""

@@ -99,6 +99,11 @@ class RolloutConfig:
     )  # new weights: live samples go on under them at once, or end under the old ones first
     drain_timeout_s: float = number(300.0, low=0, open_low=True)  # how long an update waits for them
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of a worker's cache: num_pages * page_size."""
+        return self.num_pages * self.page_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:

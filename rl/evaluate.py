@@ -177,7 +177,8 @@ def summarise(domain: str, groups: Sequence[Group], baseline: bool = True) -> Do
 
 
 def by_length(groups: Sequence[Group], pieces: int = 4) -> list[tuple[int, int, float]]:
-    """Accuracy against generated tokens: the samples in order of length, cut in equal pieces: (longest, samples, share solved)."""
+    """Accuracy against generated tokens: the samples in order of length, cut in pieces that are equal as far as samples of one length
+    stay together: (longest, samples, share solved)."""
     rows = [
         (trajectory.num_generated, success(score))
         for group in groups
@@ -185,8 +186,15 @@ def by_length(groups: Sequence[Group], pieces: int = 4) -> list[tuple[int, int, 
         if isinstance(score, Score)
     ]
     rows.sort(key=lambda row: row[0])
-    cuts = [rows[len(rows) * i // pieces : len(rows) * (i + 1) // pieces] for i in range(pieces)]
-    return [(cut[-1][0], len(cut), float(np.mean([solved for _, solved in cut]))) for cut in cuts if cut]
+    if not rows:
+        return []
+    lengths = [length for length, _ in rows]
+    longest = sorted({lengths[-(-len(rows) * i // pieces) - 1] for i in range(1, pieces + 1)})
+    ends = np.searchsorted(lengths, longest, side="right").tolist()
+    return [
+        (length, end - start, float(np.mean([solved for _, solved in rows[start:end]])))
+        for length, start, end in zip(longest, [0, *ends[:-1]], ends, strict=True)
+    ]
 
 
 def details(results: Mapping[str, DomainResult]) -> str:

@@ -25,6 +25,7 @@ from winnow.kernels.selection import Selection
 from winnow.models import attach
 from winnow.models import load as model_folders
 from winnow.models.context import IndexerLoss
+from winnow.models.forward import lm_head_weight
 from winnow.models.routing import routers
 from winnow.rl import scoring
 from winnow.rl.batching import (
@@ -61,7 +62,7 @@ class Learner:
     def load(self, path: str | Path | None = None, config: Config | None = None) -> dict[str, Any]:
         """Loads the model at `path` (default: config.model.path) with a new optimizer, and the reference if a domain has beta > 0.
 
-        Returns {"parameters": count, "indexer_parameters": count, "top_k": k or None}. Raises ValueError for replay or indexer
+        Returns {"parameters": count, "indexer_parameters": count, "top_k": k or None, "vocab_size": count, "context": tokens}. Raises ValueError for replay or indexer
         training on a dense model, and for routing replay on one without experts.
         """
         self.config = config = config or self.config
@@ -106,7 +107,8 @@ class Learner:
             self.reference.requires_grad_(False)
             self.ranks.shard(self.reference, attach.indexer_parameters(self.reference).values())
         counts = {"parameters": sum(p.numel() for p in base), "indexer_parameters": sum(p.numel() for p in indexer)}
-        return {**counts, "top_k": self.top_k}
+        context = self.model.config.max_position_embeddings
+        return {**counts, "top_k": self.top_k, "vocab_size": len(lm_head_weight(self.model)), "context": context}
 
     def save(self, folder: str | Path, state: bool = True) -> None:
         """Writes the model (a folder `from_pretrained` opens) and, with `state`, what an exact resume needs."""

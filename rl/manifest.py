@@ -27,6 +27,7 @@ class Manifest:
 
     def __init__(self, folder: Path, version: str, say: Callable[[str], object], gpus: float = 0.0) -> None:
         self.path, self.version, self.say, self.gpus = folder / FILE, version, say, gpus
+        self.earlier = 0.0  # seconds that other processes spent on what this one has found done or goes on with
         self.notes: dict[str, dict[str, Any]] = {}
         self._lock = threading.RLock()  # stages may run side by side
         if self.path.is_file():
@@ -42,19 +43,23 @@ class Manifest:
             note = self.notes.get(name)
         if note and note["key"] == key and all(Path(file).exists() for file in self._files(note["output"])):
             self.say(f"{name}: done before ({note['seconds']:.0f} s then)")
+            with self._lock:
+                self.earlier += note["seconds"]
             return dict(note["output"])
         if note:
             self.say(f"{name}: its inputs changed or its files are gone, doing it again")
             with self._lock:
                 del self.notes[name]
-        begin = time.monotonic()
+        begin, before = time.monotonic(), self.stopped(name, inputs)
+        with self._lock:
+            self.earlier += before
         self._event(name, key, "begin")
         try:
             output = json.loads(json.dumps(make()))  # as a later run will read it: lists, not tuples
         except BaseException:
             self._event(name, key, "stopped", seconds=round(time.monotonic() - begin, 1))
             raise
-        seconds = time.monotonic() - begin + self._stopped(name, key)
+        seconds = time.monotonic() - begin + before
         with self._lock:
             self.notes[name] = {
                 "key": key,
@@ -84,8 +89,9 @@ class Manifest:
         with self._lock, (self.path.parent / HISTORY).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _stopped(self, stage: str, key: str) -> float:
+    def stopped(self, stage: str, inputs: Mapping[str, Any]) -> float:
         """Seconds that this stage took before, in attempts that were stopped: an RL run goes on where it was, and cost them too."""
+        key = self.key(inputs)
         own = [event for event in self._history() if event["stage"] == stage and event["key"] == key]
         last = max((number for number, event in enumerate(own) if event["event"] == "done"), default=-1)
         return sum(event["seconds"] for event in own[last + 1 :] if event["event"] == "stopped")

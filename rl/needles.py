@@ -45,7 +45,7 @@ def densest(tokenizer: Any, length: int, wanted: int) -> int:
 
 def room_needed(tokenizer: Any, num_needles: int) -> int:
     """About how many tokens facts and questions take."""
-    return 2 * num_needles * (len(_encode(tokenizer, _fact("Vienna", "8888"))) + 1)
+    return 2 * num_needles * (len(_encode(tokenizer, fact("Vienna", "8888"))) + 1)
 
 
 def make_haystack(tokenizer: Any, text: Sequence[int], length: int, num_needles: int, rng: random.Random) -> Haystack:
@@ -53,7 +53,7 @@ def make_haystack(tokenizer: Any, text: Sequence[int], length: int, num_needles:
     if num_needles > len(PLACES):
         raise ValueError(f"needles: {num_needles} are wanted, but there are {len(PLACES)} names for them")
     facts = [(place, f"{rng.randrange(1000, 10000)}") for place in rng.sample(PLACES, num_needles)]
-    pieces = [_encode(tokenizer, " " + _fact(place, number)) for place, number in facts]
+    pieces = [_encode(tokenizer, " " + fact(place, number)) for place, number in facts]
     asked = rng.sample(range(num_needles), num_needles)
     questions = [_question(tokenizer, *facts[i]) for i in asked]
     room = length - sum(map(len, pieces)) - sum(len(q) for q, _ in questions)
@@ -79,13 +79,13 @@ def make_haystack(tokenizer: Any, text: Sequence[int], length: int, num_needles:
     return Haystack(tokens, answers, [depths[i] for i in asked])
 
 
-def _fact(place: str, number: str) -> str:
+def fact(place: str, number: str) -> str:
     return f"The secret number of {place} is {number}."
 
 
 def _question(tokenizer: Any, place: str, number: str) -> tuple[list[int], int]:
     """The tokens of a question with its answer, and how many of them, the last ones, are the answer."""
-    stem = _encode(tokenizer, "\n" + _fact(place, "").removesuffix(" ."))
+    stem = _encode(tokenizer, "\n" + fact(place, "").removesuffix(" ."))
     answer = _encode(tokenizer, f" {number}")
     return [*stem, *answer], len(answer)
 

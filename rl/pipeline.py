@@ -11,7 +11,7 @@ stage whose note still holds is not done again; one whose inputs changed is done
 cluster (the learner's and the workers' processes) serves all stages, or with `parallel: n` up to n of them, where there is room.
 
 Controls, at equal GPU seconds: the student by the other method (in those of data and student), the mixed stage from the base (in those
-of specialists, data, student and mixed).
+of specialists, data, student and mixed). comparison.md and comparison.svg then set them beside each other.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from winnow.rl.placement import has_room
 from winnow.rl.remote_learner import LearnerDied
 from winnow.rl.results import FLOORS, last_model, result_table, summary
 from winnow.rl.run import code_version
+from winnow.rl.students_figure import write_comparison
 
 Found = TypeVar("Found")
 ATTEMPTS = 3  # of a stage whose learner dies
@@ -95,6 +96,8 @@ class Pipeline:
         (self.folder / "result.json").write_text(json.dumps(result, indent=1))
         if result["evaluation"]:
             self._progress("\n" + result_table(result) + "\n")
+        if result["evaluation"] and self.config.controls:
+            self.say(f"comparison: {write_comparison(self.folder, result)}")
         self.say(f"report: {write_report(self.folder)}")
         return result
 
@@ -106,7 +109,7 @@ class Pipeline:
         done: dict[str, Any] = {}
         jobs = self._jobs(sparse, done)
         budget = Budget(self.config.seconds, [job.name for job in jobs], len(self.config.domains), self._start)
-        self._share = lambda stage: budget.share(stage, done)
+        self._share = lambda stage: budget.share(stage, done, self.manifest.earlier / self.config.parallel)
         with Interrupts() if self.config.parallel > 1 else nullcontext():
             run_jobs(jobs, self.config.parallel, done, self._stop, self._lanes.close)
         models = {"base": sparse} | {job.name: done[job.name] for job in jobs if is_model(job.name)}
@@ -227,16 +230,18 @@ class Pipeline:
         return self._run(dataclasses.replace(config, name="mixed-from-base", schedule=schedule), model, seconds)
 
     def _run(self, config: Config, model: str, seconds: float | None = None) -> str:
-        """An RL run of at most `seconds`, and of its share of the pipeline's."""
+        """An RL run of at most `seconds`, those of attempts that were stopped among them, and of its share of the pipeline's."""
         from winnow.rl.train import train
 
         name = config.name
+        inputs = {"config": config_hash(config), "model": self._identity(model)}
+        end = None if seconds is None else time.monotonic() + seconds - self.manifest.stopped(name, inputs)
 
         def attempt(cluster: Cluster) -> dict[str, Any]:
             resumed = resumable(config)
             if config.folder.exists() and not resumed:
                 shutil.rmtree(config.folder)
-            limit = least(seconds, self._share(name))
+            limit = least(None if end is None else max(0.0, end - time.monotonic()), self._share(name))
             within = "" if limit is None else f" within {limit:.0f} s"
             self.say(f"{name}: {'resuming' if resumed else 'training'}, {config.schedule.steps} steps{within}")
             again = dataclasses.replace(config, resume=resumed)
@@ -250,7 +255,6 @@ class Pipeline:
                 "model": result["checkpoint"], "run": result["run"], "domains": result["domains"], "steps": result["step"]
             }  # fmt: skip
 
-        inputs = {"config": config_hash(config), "model": self._identity(model)}
         return str(self.manifest.stage(name, inputs, make)["model"])
 
     def _data_of(self, domain: str, done: Mapping[str, Any]) -> str:
@@ -281,12 +285,14 @@ class Pipeline:
     def _student(
         self, model: str, rows: list[str], teachers: Mapping[str, str], name: str = "student", method: str = ""
     ) -> str:
-        """The student; with another `name`, the one of another method, for as many GPU seconds as the data and the student took."""
+        """The student; with another `name`, the one of another method, at the cost of the student: by `on_policy` it needs no data, so
+        that theirs is its own."""
         config = dataclasses.replace(self.config.stage_run("student", model), name=name)
         options = dataclasses.replace(self.config.student, method=method or self.config.student.method)
         seconds = None
-        if method == "on_policy":
-            seconds = self.manifest.spent("data-", "student") / (self.manifest.gpus or 1.0)
+        if method:
+            equal = ("data-", "student") if method == "on_policy" else ("student",)
+            seconds = self.manifest.spent(*equal) / (self.manifest.gpus or 1.0)
 
         def make() -> dict[str, Any]:
             from winnow.rl.distillation import train_student

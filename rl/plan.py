@@ -79,7 +79,7 @@ def memory(config: Config) -> list[str]:
     split = config.learner.ranks
     whole = ("activations", "head")  # a rank's micro-batches are its own, the rest is split
     learner = {part: amount if part in whole else amount / split for part, amount in learner.items() if amount}
-    tokens = config.rollout.num_pages * config.rollout.page_size
+    tokens = config.rollout.cache_tokens
     cache = tokens * shape["layers"] * (2 * shape["kv_width"] * size + shape["index_width"] * 4)
     worker = {"weights": weights, f"cache of {tokens:,} tokens": cache}
     lines = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,11 @@ def restarted(train: Train) -> Train:
     def run(
         config: Config, cluster: Cluster | None = None, progress: Say = print, seconds: float | None = None
     ) -> dict[str, Any]:
+        begin = time.monotonic()
         for left in reversed(range(config.learner.restarts + 1)):
             try:
-                return train(config, cluster, progress, seconds)
+                spent = time.monotonic() - begin if left < config.learner.restarts else 0.0
+                return train(config, cluster, progress, None if seconds is None else max(0.0, seconds - spent))
             except LearnerDied as death:
                 if not left:
                     raise

@@ -29,6 +29,7 @@ class Run:
         self.step = self.saved = step  # the last finished step; the last one with a checkpoint
         self.checkpoint = checkpoint
         self.status, self._begin = "done", time.monotonic()
+        self.drift: float | None = None  # nats, see Cluster.check_drift
         self.result: dict[str, Any] = {}
         self._held_out: tuple[int, float] | None = None  # the last evaluated step and its mean held-out reward
         self._pending: tuple[int, dict[str, float]] | None = None
@@ -69,6 +70,7 @@ class Run:
             "steps": self.config.schedule.steps,
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
             "best": str(self.best) if self.best else None,  # of the kept ones, by held-out reward
+            "drift": self.drift,
             "run": str(self.folder),
             "config_hash": config_hash(self.config),
             "version": code_version(),

@@ -1,7 +1,8 @@
 """What a pipeline found, for a page of the docs: python -m winnow.rl.students_figure RESULT.json OUT.svg prints a Markdown table, writes a figure.
 
 RESULT.json is a pipeline's result.json. The table has a row a model: held-out tasks solved by domain, with 95 % intervals, and its cost;
-below it, what was asked of the student and of the mixed stage, as differences with the interval of the difference of two means.
+below it, what was asked of the student and of the mixed stage, as differences with the interval of the difference of two means. A pipeline
+with controls writes both itself, as comparison.md and comparison.svg.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from winnow.rl.results import MODELS
 
 LABELS = {"base": "base", "specialist": "specialist", "student": "student", "mixed": "mixed", "student-sft": "student (SFT)",
           "student-on_policy": "on-policy", "mixed-from-base": "from the base"}  # fmt: skip
+UNEQUAL = 0.05  # a cost further than this from what it should equal is said to be so
 ROW, EDGE, WIDTH = 26, 40, 320  # of interval_chart
 
 
@@ -50,6 +52,17 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
             pair = by_domain[domain]
             if one in pair and other in pair:
                 yield f"{domain}: {LABELS[one]} - {LABELS[other]} = {difference(pair[one], pair[other])}"
+    yield from equal_costs(result["spent"])
+
+
+def equal_costs(spent: Mapping[str, float]) -> Iterator[str]:
+    """What each control cost over what it is compared with: a control that ran short of its seconds flatters the other."""
+    pairs = (("student-on_policy", "student"), ("student-sft", "student"), ("mixed-from-base", "mixed"))
+    for control, other in pairs:
+        if spent.get(control) and spent.get(other):
+            ratio = spent[control] / spent[other]
+            apart = "" if abs(ratio - 1) <= UNEQUAL else " NOT EQUAL"
+            yield f"cost of {LABELS[control]} over {LABELS[other]}: {ratio:.2f}{apart}"
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -76,6 +89,14 @@ def figure(result: Mapping[str, Any]) -> str:
         tallest = max(tallest, ROW * len(rows) + EDGE)
     size = f"0 0 {len(parts) * (WIDTH + GAP) - GAP} {tallest + HEAD}"
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
+
+
+def write_comparison(folder: Path, result: Mapping[str, Any]) -> Path:
+    """FOLDER/comparison.md with the table, comparison.svg with the figure; returns the first."""
+    (folder / "comparison.svg").write_text(figure(result))
+    path = folder / "comparison.md"
+    path.write_text("\n".join(table(result)) + "\n")
+    return path
 
 
 def main(arguments: Sequence[str]) -> int:

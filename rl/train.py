@@ -43,7 +43,7 @@ def train(
     rollouts = Rollouts(sampler.requests, config.schedule, read_in_flight(run.checkpoint))
     lent = connect(config) if cluster is None else nullcontext(cluster)
     with run, rollouts, Interrupts() as interrupts, lent as cluster:
-        cluster.start(config, start)
+        run.drift = cluster.check_drift(config, cluster.start(config, start))
         try:
             if config.schedule.eval_every and run.step == 0:  # what the run starts from
                 run.log(0, holdout_metrics(config, cluster.pool.generate, 0))

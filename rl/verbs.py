@@ -224,8 +224,10 @@ def bench(arguments: argparse.Namespace) -> None:
     from winnow.rl.bench import measure
     from winnow.rl.bench_models import measure_models
 
-    if arguments.what == "ablation":
+    if arguments.what in ("ablation", "sparse-dense"):
         return ablation(arguments)
+    if arguments.what == "step" and arguments.seeds:
+        return versus(arguments)
     timed = not arguments.check
     if arguments.what in ("step", "learner"):
         figures = bench_training(arguments)
@@ -267,14 +269,15 @@ def bench(arguments: argparse.Namespace) -> None:
         Path(arguments.out).write_text(text + "\n")
     wrong = [row for row in figures.get("figures", {}).get("rows", []) if "wrong" in row]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} kernels are wrong and were not timed, the first: {wrong[0]}")
+        raise RuntimeError(f"{len(wrong)} rows are wrong, the first: {wrong[0]}")
 
 
 def ablation(arguments: argparse.Namespace) -> None:
-    """`bench ablation`: the table on standard output; RuntimeError when a run failed, once all others are done."""
+    """`bench ablation` and `bench sparse-dense`: the table on standard output; RuntimeError when a run failed, once all others are done."""
     from winnow.rl.bench_ablation import bench_ablation
+    from winnow.rl.bench_sparse_dense import bench_sparse_dense
 
-    result = bench_ablation(arguments, say)
+    result = (bench_ablation if arguments.what == "ablation" else bench_sparse_dense)(arguments, say)
     print((Path(arguments.out) / "table.md").read_text(), end="")
     failed = [f"{name}: {run['why']}" for name, run in result["runs"].items() if run["status"] == "failed"]
     if failed:
@@ -292,7 +295,12 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
 
         long = 32768 if a.device.startswith("cuda") else 512
         rows = [name for name in ROWS if not a.only or any(word in name for word in a.only)]
-        return bench_learner(a.model or "tiny", a.lengths or [long], a.device, a.layers, rows, progress=say)
+
+        def keep(figures: Any) -> None:
+            if a.out:
+                Path(a.out).write_text(json.dumps(figures, indent=1) + "\n")
+
+        return bench_learner(a.model or "tiny", a.lengths or [long], a.device, a.layers, rows, progress=say, keep=keep)
     from winnow.rl.bench_step import StepBench, as_rows, bench_step
 
     bench = StepBench(
@@ -303,6 +311,26 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
     for line in as_rows(figures):
         say(line)
     return {"bench": "step", "model": a.model or "random, 2 layers", "device": a.device, **figures}
+
+
+def versus(arguments: argparse.Namespace) -> None:
+    """`bench step --seeds`: the table on standard output, the rest in the folder; RuntimeError when a run failed, once all are over."""
+    from winnow.rl.bench_step import StepBench
+    from winnow.rl.bench_versus import Versus
+
+    a = arguments
+    if not a.out:
+        raise ValueError("bench step --seeds needs --out (a folder for table, curves and every run's figures)")
+    bench = StepBench(
+        model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens,
+        steps=a.steps or 1000, wall=a.wall or 60,
+    )  # fmt: skip
+    missing = Versus(bench, Path(a.out), a.peers, a.seeds, a.only or (), a.limit_s, say).run()["missing"]
+    print((Path(a.out) / "table.md").read_text(), end="")
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} runs have no figures: " + "; ".join(f"{run}: {why}" for run, why in missing.items())
+        )
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -101,11 +101,18 @@ class Pool:
                 self._changed.wait(_TICK_S)
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[np.ndarray]:
-        """Log-probabilities of given tokens by one worker's engine, for parity checks."""
+        """Log-probabilities of given tokens by one worker's engine, for parity checks. Another worker is asked where one dies."""
         import ray
 
-        worker = self._wait_ready(at_least=1)[0]
-        return ray.get(worker.actor.score.remote(sequences, temperature), timeout=self.limits.request_timeout_s)
+        dead: list[Any] = []
+        while True:
+            actor = self._wait_ready(dead)[0].actor
+            try:
+                return ray.get(actor.score.remote(sequences, temperature), timeout=self.limits.request_timeout_s)
+            except ray.exceptions.RayActorError:  # the watching thread names it and starts another
+                dead.append(actor)
+                if len(dead) == self.limits.max_attempts:
+                    raise
 
     def stats(self) -> dict[int, dict[str, Any]]:
         """Counters of the workers that are up."""
@@ -156,13 +163,14 @@ class Pool:
 
         return Arrivals(call, check, cancel)
 
-    def _wait_ready(self, at_least: int | None = None) -> list[Worker]:
-        """The ready workers, once there are `at_least` so many (default: all). The watching thread enforces the time limits."""
+    def _wait_ready(self, but: Sequence[Any] | None = None) -> list[Worker]:
+        """All workers once they are ready; with `but`, the ready ones as soon as there is one with another actor than these. The watching
+        thread enforces the time limits."""
         with self._changed:
             while True:
                 self._check_usable()
-                ready = self._crew.ready
-                if len(ready) >= (at_least if at_least is not None else len(self._crew.workers)):
+                ready = [worker for worker in self._crew.ready if worker.actor not in (but or ())]
+                if len(ready) >= (len(self._crew.workers) if but is None else 1):
                     return ready
                 self._changed.wait(_TICK_S)
 

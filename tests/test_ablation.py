@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,8 +217,10 @@ def test_variants_run_beside_each_other_and_one_that_fails_is_named(
     assert again.run()["runs"]["deterministic-s3"]["status"] == "done" and lines == ["deterministic-s3: done before"]
 
 
-def fake_run(folder: Path, variant: str, seed: int, rewards: list[list[float]], **changes: Any) -> Running:
-    """A run that has ended: rewards[step][prompt] of two equal samples, each of two tokens after a prompt of 70."""
+def fake_run(
+    folder: Path, variant: str, seed: int, rewards: list[list[float]], tasks: str = "", **changes: Any
+) -> Running:
+    """A run that has ended: rewards[step][prompt] of two equal samples, each of two tokens after a prompt of 70. tasks: a name a prompt."""
     config: Config = make_config(
         {
             "model": {"path": "m"},
@@ -235,11 +241,18 @@ def fake_run(folder: Path, variant: str, seed: int, rewards: list[list[float]], 
             }  # fmt: skip
             stream.write(json.dumps(row) + "\n")
             samples = [
-                {"request_id": f"{step}/{n}", "reward": value, "loss_mask": [0] * 70 + [1, 1]}
+                {
+                    "request_id": f"{step}/{n}",
+                    "task_id": tasks[n] if tasks else str(n),
+                    "reward": value,
+                    "loss_mask": [0] * 70 + [1, 1],
+                }
                 for n, value in enumerate(of_step)
                 for _ in range(2)
             ]
-            samples.append({"request_id": f"{step}/0", "failure": {"kind": "error"}, "loss_mask": [0] * 9 + [1]})
+            samples.append(
+                {"request_id": f"{step}/0", "task_id": "0", "failure": {"kind": "error"}, "loss_mask": [0] * 9 + [1]}
+            )
             (run.folder / "samples" / f"step-{step:06d}.jsonl").write_text("\n".join(map(json.dumps, samples)))
     (run.folder / FINAL).write_text(
         json.dumps({"status": "done", "eval": {"eval/a": 0.5, "eval/a_low": 0.4, "eval/a_high": 0.6}})
@@ -293,6 +306,108 @@ def test_runs_that_end_in_the_same_moment_are_all_settled_as_what_they_are(
         "deterministic-s0": "done", "tis-s0": "done", "opsm-s0": "failed",
     }  # fmt: skip
     assert found["runs"]["opsm-s0"]["why"] == "killed by signal 9: Memory is full" and len(said) == 3
+
+
+def test_prompts_are_paired_by_their_task_and_every_seed_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("winnow.rl.ablation_table.top_k_of", lambda path: 10)
+    runs = [
+        fake_run(tmp_path, "sparse", 0, [[0.5, 0.5]], tasks="ab"),
+        fake_run(tmp_path, "dense", 0, [[0.25, 0.75]], tasks="ac"),  # the second prompt of the step is another task
+        fake_run(tmp_path, "sparse", 1, [[1.0, 0.0]], tasks="xy"),
+        fake_run(tmp_path, "dense", 1, [[0.0, 0.5]], tasks="xy"),
+    ]
+    for run in runs[:1]:
+        metrics = run.folder / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"mismatch/k3_kl": 0.0001', '"mismatch/k3_kl": null'))
+    found = write_table(tmp_path, runs, at_a_time=2)
+    assert "not finite" in (tmp_path / "table.md").read_text(), "what blew up is shown, and the table is written"
+    apart = found["variants"]["sparse"]["difference"]
+    assert apart["prompts"] == 3 and apart["seeds"] == {"0": 0.25, "1": 0.25}
+    assert apart["all"][0] == pytest.approx(0.25) and apart["windows"] == [[1, 1, *apart["all"]]]
+    assert "difference" not in found["variants"]["dense"], "sparse minus dense, not the other way round"
+    equal = found["at_equal_length"]["sparse"]
+    assert equal["difference"][0] == pytest.approx(0.5 - 0.375) and equal["lengths"] == 1 and equal["share"] == 1
+    # rewards of 8 samples each, [.5 x4, 1, 1, 0, 0] and [.25, .25, .75, .75, 0, 0, .5, .5]
+    variance = (1.0 / 7 + 0.625 / 7) / 8
+    assert equal["difference"][2] - equal["difference"][0] == pytest.approx(1.96 * variance**0.5)
+    text = as_markdown(found)
+    assert "0: +0.250, 1: +0.250" in text and "2 runs shared the device" in text and "| sparse | 0.5 | 0.25 |" in text
+    assert "sparse minus dense: +0.125" in text and "reward minus dense's" in text
+    assert (tmp_path / "difference.svg").read_text().count("<polyline") >= 2
+
+
+def test_a_run_that_is_left_out_and_sets_that_were_not_recorded_are_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("winnow.rl.ablation_table.top_k_of", lambda path: 10)
+    runs = [fake_run(tmp_path, "sparse", 0, [[1.0]] * 4), fake_run(tmp_path, "dense", 0, [[0.0]])]
+    bare = replace(runs[0].config.rollout, record_indices=False)
+    runs[0].config = replace(runs[0].config, rollout=bare)
+    runs[1].status = "cut"
+    found = write_table(tmp_path, runs)
+    assert found["steps"] == 4 and list(found["variants"]) == ["sparse"]
+    assert found["figures"]["sparse-s0"]["jaccard"] is None, "1.0 would be the figure of sets that were compared"
+    assert "dense-s0: cut after 1 steps. left out of the table" in as_markdown(found).replace("  ", " ")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_goes_on_where_it_was(tmp_path: Path, config: Path) -> None:
+    lines: list[str] = []
+
+    def ablation() -> Ablation:
+        return Ablation(
+            config=config, out=tmp_path, variants=("deterministic",), seeds=(0,), overrides=("schedule.steps=30",), say=lines.append
+        )  # fmt: skip
+
+    first = ablation()
+    (run,) = first.runs
+    first._go, first._leader = tmp_path / "go", run
+    first._start_some()
+    assert run.process is not None
+    deadline = time.monotonic() + 120
+    while len(run.rows()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.process.send_signal(signal.SIGTERM)
+    run.process.wait(60)
+    first.write()
+    done = len(run.rows())
+    assert run.status == "cut" and 2 <= done < 30 and bench_ablation.read_final(run.folder)["eval"], run.why
+    again = ablation().run()
+    assert f"deterministic-s0: goes on after step {done}" in lines and again["runs"]["deterministic-s0"]["steps"] == 30
+    assert [row["step"] for row in run.rows()] == list(range(1, 31)) and again["steps"] == 30
+    assert not (run.folder / "checkpoints").exists() and bench_ablation.status_before(run.config) == "done"
+    (Path(run.config.model.path) / "note").write_text("another model now")
+    assert bench_ablation.status_before(run.config) is None
+    (Path(run.config.model.path) / "note").unlink()
+
+
+def test_sparse_and_dense_are_compared_on_facts_in_long_texts(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{name} saw {number} ." for number, name in enumerate(NAMES * 20)))
+    command = [
+        "bench", "sparse-dense", "--model", str(model), "--text", str(text), "--out", str(tmp_path / "out"), "--seeds", "0", "--steps", "2",
+        "--lengths", "480", "--set", "domains.0.count=8", "domains.0.holdout=2", "domains.0.quota=1", "domains.0.max_tokens=4",
+        "domains.0.reward=each_number", "rollout.samples=2", "rollout.num_pages=256", "learner.micro_tokens=2048",
+    ]  # fmt: skip
+    assert main([*command, "--lengths", "12"]) == 1 and "nothing would be sparse" in capsys.readouterr().err
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(found["variants"]) == ["sparse", "dense"] and found["steps"] == 2
+    assert found["variants"]["sparse"]["difference"]["prompts"] == 2, "the same prompts for both"
+    assert "Median seconds of the parts of a step" in capsys.readouterr().out
+    (tasks,) = (tmp_path / "out").glob("tasks-480-*.jsonl")
+    rows = [json.loads(line) for line in tasks.read_text().splitlines()]
+    assert len(rows) == 15 and all(476 - 24 <= row["tokens"] <= 476 for row in rows)
+    for row in rows[:3]:
+        numbers = row["answer"].split()
+        names = re.findall(r"secret number of (\w+) is \.\.\.", row["prompt"])
+        assert len(names) == 2 and [
+            f"number of {n} is {v}." in row["prompt"] for n, v in zip(names, numbers, strict=True)
+        ]
 
 
 def test_a_variant_that_nobody_knows_is_refused(config: Path, tmp_path: Path) -> None:

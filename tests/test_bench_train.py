@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from winnow.rl import bench_learner
+from winnow.rl import bench_learner, bench_step, bench_versus
 from winnow.rl.cli import main
+from winnow.rl.learner import Learner
 
 
 def test_bench_step_times_the_program_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,13 +63,36 @@ def test_a_peer_that_is_not_there_is_said_to_be_so(monkeypatch: pytest.MonkeyPat
     assert bench_trl.last_number([[{"content": "7 + 5 is 12."}], "12 or 13"], ["12", "12"]) == [1.0, 0.0]
 
 
-def test_bench_learner_trains_each_row_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "learner", "--model", "tiny", "--layers", "1", "--lengths", "96"]) == 0
+def test_bench_learner_trains_each_row_of_a_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses, step = [], Learner.sft_step
+
+    def heard(self: Learner, *arguments: Any) -> Any:
+        report = step(self, *arguments)
+        losses.append(report.metrics["loss/ce"])
+        return report
+
+    monkeypatch.setattr(Learner, "sft_step", heard)
+    out = tmp_path / "figures.json"
+    assert main(["bench", "learner", "--model", "tiny", "--layers", "1", "--lengths", "96", "--out", str(out)]) == 0
     rows = json.loads(capsys.readouterr().out)["figures"]["rows"]
+    assert losses[0] == pytest.approx(losses[len(losses) // 4], rel=1e-5), "torch's attention is the same function"
     assert [row["row"] for row in rows] == list(bench_learner.ROWS)
     assert all(row["length"] == 96 and row["tokens_per_s"] > 0 and row["peak_gib"] > 0 for row in rows)
     assert main(["bench", "learner", "--model", "v3.2"]) == 1
     assert "none of tiny, small, qwen3-0.6b, qwen3-1.7b" in capsys.readouterr().err
+    measured = bench_learner.measure
+
+    def full(learner: Learner, length: int, repeats: int) -> dict[str, Any]:
+        if learner.config.indexer.train == "kl":
+            raise torch.OutOfMemoryError("full")
+        return measured(learner, length, 1)
+
+    monkeypatch.setattr(bench_learner, "measure", full)
+    assert main(["bench", "learner", "--model", "tiny", "--layers", "1", "--lengths", "64", "--out", str(out)]) == 0
+    kept = json.loads(out.read_text())["figures"]["rows"]
+    assert [row.get("failed") for row in kept] == [None, None, None, "full"], "and the others are not lost"
 
 
 @pytest.mark.parametrize("planted", [0, 2 * 4096 * 1024, 4096 * 4096])
@@ -108,3 +134,62 @@ def test_kernels_are_told_apart_by_part() -> None:
         }
     )
     assert found == {"other": 4.125, "matmul": 2.0, "attention forward": 1.0, "top-k": 0.5, "indexer scores": 0.25}
+
+
+class Peers:
+    """Stands for the processes: what each run's would say, and what it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, float, float]] = []  # run, wall, seconds until it is ended
+        self.failing: set[str] = set()
+        monkeypatch.setattr(bench_versus, "read_peer", self.read)
+
+    def read(self, command: list[str], log: Path, seconds: float, note: Any) -> str | None:
+        plan = json.loads(Path(command[-1]).read_text())
+        run = Path(command[-1]).name.removesuffix(".plan.json")
+        self.asked.append((run, plan["bench"]["wall"], seconds))
+        if run in self.failing:
+            return "exit code 1: CUDA is out of memory"
+        pace = 0.5 if plan["name"] == "ours" else 1.0
+        ends = [10 + pace * i for i in range(1 + int(plan["bench"]["wall"] / pace))]
+        bench = bench_step.StepBench(**plan["bench"])
+        curve = [(min(1.0, 0.05 * i), 20.0) for i in range(len(ends))]
+        note({"figures": bench_step.timing(bench, 0.0, ends, curve)})
+        return None
+
+
+def test_ours_and_a_peer_run_seed_by_seed_and_what_is_there_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers = Peers(monkeypatch)
+    peers.failing = {"trl-s1"}
+    command = ["bench", "step", "--seeds", "0", "1", "--peers", "trl", "--wall", "30", "--limit-s", "400", "--out", str(tmp_path)]  # fmt: skip
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "1 runs have no figures: trl-s1: exit code 1: CUDA" in said.err
+    assert [run for run, *_ in peers.asked] == ["ours-s0", "trl-s0", "ours-s1", "trl-s1"]
+    assert all(wall == pytest.approx(min(30, ends - bench_versus.START_S[run[:-3]])) for run, wall, ends in peers.asked)
+    assert peers.asked[0][1] == 30 and peers.asked[1][2] <= 134, "the limit is shared by what is left"
+    table = (tmp_path / "table.md").read_text()
+    assert (
+        "| ours-s0 | 10.0 | 512.0 (512.0-512.0) |" in table
+        and "ours / trl, seed 0, until step 10: 2.00 times" in table
+        and "all steps: 2.00" in table
+    )
+    assert "| 10 | 0.525 | 0.275 | 0.525 |" in table, "steps that ended in the ten seconds before"
+    assert "trl-s1: exit code 1" in table and (tmp_path / "curves.svg").read_text().count("<polyline") == 6
+    peers.failing, peers.asked = set(), []
+    assert main(command) == 0 and [run for run, *_ in peers.asked] == ["trl-s1"]
+    assert main([*command, "--tokens", "32", "--limit-s", "100"]) == 1 and len(peers.asked) == 1, "other sizes, no time"
+    assert "not run: its share of the limit is 25 s" in capsys.readouterr().err
+
+
+def test_a_peers_process_says_what_it_found_and_ends(tmp_path: Path) -> None:
+    from winnow.rl.bench_peer import read_peer
+
+    plan = {"name": "ours", "bench": {"prompts": 2, "samples": 2, "tokens": 3, "steps": 2, "wall": 60}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    rows: list[dict[str, Any]] = []
+    command = [sys.executable, "-m", "winnow.rl.bench_versus", str(tmp_path / "plan.json")]
+    assert read_peer(command, tmp_path / "log", 240, rows.append) is None
+    assert len(rows[0]["figures"]["curve"]) == 2 and rows[0]["figures"]["first_step_s"] > 0

@@ -262,6 +262,9 @@ def test_pass_at_k_lengths_and_parts_are_in_the_result() -> None:
         and result.pass_at["2"][1] <= 1 - 1 / 6 <= result.pass_at["2"][2]
     )
     assert [share for _, _, share in result.by_length] == [1, 1, 0, 0] and sum(n for _, n, _ in result.by_length) == 40
+    assert len({longest for longest, _, _ in result.by_length}) == len(result.by_length), (
+        "samples of one length are together"
+    )
     assert result.parts == {"right": 0.5, "answered": 1.0} and result.failure_kinds == {}
     text = details({"reasoning": result})
     assert "solved by tokens" in text and "pass@2 0.833" in table({"reasoning": result})

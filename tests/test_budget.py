@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from pipelines import Here, pipeline_config
 
-from winnow.rl import budget
+from winnow.rl import budget, restarts
 from winnow.rl import manifest as manifests
 from winnow.rl.budget import CONTROL, MARGIN, Budget, least, weights
-from winnow.rl.config import ConfigError
+from winnow.rl.config import ConfigError, make_config
 from winnow.rl.manifest import Manifest
 from winnow.rl.pipeline import Pipeline
+from winnow.rl.remote_learner import LearnerDied
 
 STAGES = [
     "specialist-a",
@@ -42,6 +43,11 @@ def test_what_is_left_is_shared_by_weight(monkeypatch: pytest.MonkeyPatch) -> No
     now += 500
     assert one.share("evaluation-base", STAGES) == 0.0, "never negative"
     assert Budget(None, STAGES, 2, now).share("mixed", []) is None
+    again = Budget(100.0, [*STAGES, *EVALUATIONS], 2, begin=now)  # a restart: what is done was paid for before it
+    late = [name for name in STAGES if name != "mixed"]
+    assert again.share("mixed", late, earlier=80.0) == pytest.approx(
+        15 * again.weights["mixed"] / sum(again.weights[name] for name in ("mixed", *EVALUATIONS))
+    )
 
 
 def test_a_control_may_take_what_it_is_compared_with() -> None:
@@ -128,3 +134,46 @@ def test_a_stopped_attempt_counts_to_the_cost_of_its_stage(tmp_path: Path, monke
     assert stage(2, takes(1.0)) == 6.0
     (tmp_path / "manifest.json").unlink()
     assert stage(2, takes(4.0)) == 4.0, "done anew: what was spent before the last time is over"
+
+
+def test_a_restart_has_what_is_left_of_the_seconds_and_of_a_controls_cost(
+    babbler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = (
+        "floors=''", "stages=[specialists, data, student, mixed]", "controls=[mixed]", "data.tasks=8", "run.schedule.steps=1",
+        "run.indexer={train: frozen, selection: own}", "student={epochs: 1, batch_tokens: 400, steps: 1}",
+    )  # fmt: skip
+    config = pipeline_config(tmp_path, babbler, *own)
+    Pipeline(config, lambda text: None, Here()).run()
+    manifest = Manifest(tmp_path / "p", "", lambda text: None)
+    del manifest.notes["mixed-from-base"]
+    for note in manifest.notes.values():
+        note["seconds"] = note["gpu_seconds"] = 1000.0
+    manifest._write()
+    monkeypatch.setattr(Manifest, "stopped", lambda self, stage, inputs: 4000.0 if stage == "mixed-from-base" else 0.0)
+    lines: list[str] = []
+    Pipeline(pipeline_config(tmp_path, babbler, *own, "seconds=90000"), lines.append, Here()).run()
+    (said,) = [line for line in lines if "mixed-from-base: " in line and " within " in line]
+    assert 1990 <= int(said.split(" within ")[1].removesuffix(" s")) <= 2000, "six stages of 1000 s, 4000 spent"
+
+
+def test_a_learner_that_is_started_again_has_what_is_left_of_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: now)
+    given: list[float | None] = []
+
+    @restarts.restarted
+    def dies(config: Any, cluster: Any, progress: Any, seconds: float | None) -> dict[str, Any]:
+        nonlocal now
+        given.append(seconds)
+        now += 30.0
+        if len(given) % 2:
+            raise LearnerDied("killed")
+        return {}
+
+    config = make_config(
+        {"model": {"path": "m"}, "domains": [{"name": "a", "source": "lookup"}]}, ["learner.restarts=1"]
+    )
+    dies(config, None, lambda text: None, 40.0)
+    dies(config, None, lambda text: None, None)
+    assert given == [40.0, 10.0, None, None]

@@ -122,6 +122,14 @@ def fake_worker_class():
 
         ready = ping
 
+        async def score(self, sequences, temperature):
+            """The process that answers. A text is a file's name; one that is not there costs the life of the first to read it."""
+            for text in sequences:
+                if not os.path.exists(text):
+                    open(text, "w").close()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return [os.getpid()] * len(sequences)
+
         async def generate(self, requests):
             groups = []
             for request in requests:
@@ -231,6 +239,13 @@ def test_a_replaced_worker_gets_the_current_weights(pool, tmp_path):
     with pytest.raises(ValueError, match=r"rollout worker \d .* refused the update: tensor 'x' is bad"):
         push(pool, 13)
     assert set(push(pool, 6).values()) == {6}
+
+
+def test_a_parity_check_outlives_the_worker_that_it_asks(pool, tmp_path):
+    first = pool.score([str(tmp_path)])[0]
+    other = pool.score([str(tmp_path / "missing")])[0]
+    assert other != first and gone(first)
+    pool._wait_ready()
 
 
 def test_a_hung_worker_is_named_and_replaced(pool, tmp_path, caplog):

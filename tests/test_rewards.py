@@ -59,6 +59,23 @@ def group_of(
 # --------------------------------------------------------------------------------------------------------------------------- numbers
 
 
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("The number of Oslo is 4821. The number of Lima is 9034.", 1.0),
+        ("4821 9034 1111 2222", 1.0),
+        ("4821, then 77", 0.5),
+        ("9034 4821", 0.0),  # in the other order
+        ("1111 2222 4821 9034", 0.0),  # every number of the text is no answer
+        ("4,821.0", 0.5),
+        ("I do not know.", 0.0),
+    ],
+)
+def test_each_number_counts_at_its_place(reply, right):
+    assert value("each_number", reply, "4821 9034") == right
+    assert value("each_number", "4821", "4821") == 1
+
+
 @pytest.mark.parametrize(("solution", "reply"), GSM8K)
 def test_gsm8k_gold_answers_grade_right_and_others_wrong(solution, reply):
     number = solution.split("#### ")[1]

@@ -10,6 +10,7 @@ import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ class FakePool:
             yield Group(
                 request=request, trajectories=tuple(self._sample(request, n) for n in range(request.num_samples))
             )
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        found = []
+        for tokens in map(torch.tensor, sequences):
+            hidden = hidden_states(self.model, tokens, train_context([len(tokens)]))
+            all_logprobs = (hidden[:-1] @ lm_head_weight(self.model).T).log_softmax(-1)
+            found.append(all_logprobs.gather(1, tokens[1:, None])[:, 0].numpy())
+        return found
 
     def stats(self) -> dict[int, dict[str, int]]:
         self.reused += 7  # since the last step
@@ -144,7 +154,9 @@ def test_a_run_leaves_its_whole_folder(make: Callable[..., Any]) -> None:
     said: list[str] = []
     result = train(config, cluster, said.append)
     assert result["status"] == "done" and result["step"] == 4 and len(said) == 5 and "reward" in said[1]
-    assert pool.versions == [0, 1, 2, 3, 4] and pool.closed == 0  # a lent cluster stays up
+    assert (
+        pool.versions == [0, 0, 1, 2, 3, 4] and result["drift"] == 0.0 and pool.closed == 0
+    )  # a lent cluster stays up
     folder = config.folder
     assert json.loads((folder / "result.json").read_text()) == result
     assert load_config(folder / "config.yaml") == config
@@ -186,6 +198,43 @@ def timeless(config: Config) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in lines(config)]
 
 
+def test_weights_that_change_on_their_way_end_the_run_before_its_first_step(make: Callable[..., Any]) -> None:
+    """The second push of version 0 is an update that changes nothing; an engine whose head moves with every push is found by it."""
+    config, cluster, pool = make()
+    push = pool.push_weights
+
+    def altered(update: WeightUpdate, version: int) -> None:
+        push(update, version)
+        with torch.no_grad():
+            lm_head_weight(pool.model).mul_(1 + 1e-3 * len(pool.versions))
+
+    pool.push_weights = altered
+    with pytest.raises(RuntimeError, match="an update that changes nothing moved the rollout's log-probabilities by"):
+        train(config, cluster, lambda text: None)
+    assert pool.calls == 0, "nothing was sampled"
+    result = json.loads((config.folder / "result.json").read_text())
+    assert result["status"] == "failed" and "changes nothing" in result["error"]
+    pool.push_weights = push
+    pool.score = lambda sequences: [np.full(len(sequences[0]) - 1, np.nan)]
+    with pytest.raises(RuntimeError, match="by nan nats"):
+        train(replace(config, name="second"), cluster, lambda text: None)
+
+
+def test_the_drift_check_reads_more_than_k_positions_and_fits_the_cache(make: Callable[..., Any]) -> None:
+    config, cluster, pool = make()
+    read: list[int] = []
+    score = pool.score
+    pool.score = lambda sequences: read.append(len(sequences[0])) or score(sequences)
+    info = cluster.start(config)
+    assert cluster.check_drift(config, info) == 0.0 and read == [64, 64], "k is 4, 64 the least"
+    cluster.check_drift(replace(config, rollout=replace(config.rollout, num_pages=1)), info)
+    assert read[2:] == [16, 16]
+    cluster.check_drift(config, {**info, "context": 40})
+    assert read[4:] == [40, 40]
+    drawn = replace(config, indexer=replace(config.indexer, selector="random_ties"))
+    assert cluster.check_drift(drawn, info) is None and len(read) == 6, "no two readings of it are alike"
+
+
 def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one(make: Callable[..., Any]) -> None:
     """Six steps are an epoch and a half (12 tasks, 3 a step): the stops lie in its middle, at its end and beyond it."""
     options = ("schedule.steps=6", "schedule.save_every=1", "schedule.keep=6", "algorithm.dynamic_rounds=1")
@@ -206,7 +255,7 @@ def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one(make: Callable[.
         )  # one more than was saved: it is made again
         _, cluster, pool = make(f"name=from-{stop}", "resume=true", *options)
         result = train(again, cluster, lambda text: None)
-        assert pool.versions == list(range(stop, 7)) and result["step"] == 6
+        assert pool.versions == [stop, *range(stop, 7)] and result["step"] == 6
         tensors = load(result["checkpoint"]).state_dict()
         assert all(torch.equal(straight[name], tensors[name]) for name in straight), stop
         assert timeless(again) == whole, stop
