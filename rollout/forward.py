@@ -20,7 +20,7 @@ from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rollout.cache import PagedCache
 from winnow.rollout.records import compact, compact_experts
-from winnow.rollout.sampler import Drawn, sample, uniforms
+from winnow.rollout.sampler import Drawn, draw, sample
 from winnow.rollout.scheduler import Slots
 from winnow.rollout.sequence import Span
 
@@ -142,17 +142,9 @@ class Forward:
     def sample(self, logits: Tensor, rows: Slots, slots: np.ndarray, keep_kept_sets: bool) -> Drawn:
         """A draw for each slot. Without filters on a GPU by the kernel that decode steps use, so that both sides have the same bits."""
         params = rows.params(slots)
-        if not self.fused or rows.filtered(slots):
-            return sample(logits.float(), params, keep_kept_sets)
-        tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
-        logprobs = torch.empty(len(slots), dtype=torch.float32, device=self.device)
-        faults = torch.zeros(1, dtype=torch.int32, device=self.device)
-        temperature = torch.from_numpy(params.temperature).to(self.device)
-        uniform = torch.from_numpy(uniforms(params.stream, params.position)).to(self.device)
-        ops.draw(logits, temperature, uniform, tokens, logprobs, faults)
-        if int(faults):
-            raise ValueError("the logits of a prefill are not finite: the weights or the cache are not finite")
-        return Drawn(tokens=tokens.cpu().numpy(), logprobs=logprobs.cpu().numpy(), kept=None)
+        if self.fused and not params.filtered.any():
+            return draw(logits, params)
+        return sample(logits.float(), params, keep_kept_sets)
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """Log-probabilities fp32 [T] of targets int64 [T]; in exact mode by the very kernel that drew them."""

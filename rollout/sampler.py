@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from winnow.kernels import ops
+
 _FIRST_CANDIDATES = 1024  # top_p alone sorts only so many logits, and all of them when those do not hold the mass
 
 
@@ -28,6 +30,11 @@ class RowParams:
     min_p: np.ndarray
     stream: np.ndarray
     position: np.ndarray
+
+    @property
+    def filtered(self) -> np.ndarray:
+        """bool [rows]: which rows cut their vocabulary."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +110,7 @@ def sample(logits: Tensor, params: RowParams, keep_sets: bool = True) -> Drawn:
         raise ValueError(f"the logits of row {row} peak at {float(peak[row])}: the weights or the cache are not finite")
     device = logits.device
     greedy = params.temperature == 0
-    filtered = ~greedy & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
+    filtered = params.filtered
     temperature = torch.from_numpy(np.where(greedy, 1.0, params.temperature).astype(np.float32)).to(device)
     tempered = logits / temperature[:, None]
     kept: list[np.ndarray | None] | None = None
@@ -138,3 +145,17 @@ def sample(logits: Tensor, params: RowParams, keep_sets: bool = True) -> Drawn:
             tokens = torch.where(torch.from_numpy(greedy).to(device)[:, None], logits.argmax(1, keepdim=True), tokens)
     logprobs = (tempered.gather(1, tokens) - total)[:, 0]
     return Drawn(tokens=tokens[:, 0].cpu().numpy(), logprobs=logprobs.cpu().numpy(), kept=kept)
+
+
+def draw(logits: Tensor, params: RowParams) -> Drawn:
+    """As `sample` where no row is filtered, by the kernel that decode steps use: the same bits as theirs."""
+    rows, device = len(logits), logits.device
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
+    faults = torch.zeros(1, dtype=torch.int32, device=device)
+    temperature = torch.from_numpy(params.temperature).to(device)
+    uniform = torch.from_numpy(uniforms(params.stream, params.position)).to(device)
+    ops.draw(logits, temperature, uniform, tokens, logprobs, faults)
+    if int(faults):
+        raise ValueError("the logits of a step are not finite: the weights or the cache are not finite")
+    return Drawn(tokens=tokens.cpu().numpy(), logprobs=logprobs.cpu().numpy(), kept=None)

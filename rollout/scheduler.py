@@ -42,8 +42,7 @@ class Slots:
 
     def filtered(self, slots: np.ndarray) -> bool:
         """Whether any of these slots cuts its vocabulary."""
-        hot = self.temperature[slots] > 0
-        return bool((hot & ((self.top_k[slots] > 0) | (self.top_p[slots] < 1) | (self.min_p[slots] > 0))).any())
+        return bool(self.params(slots).filtered.any())
 
     def params(self, slots: np.ndarray) -> RowParams:
         """What the sampler needs for the next token of these slots."""

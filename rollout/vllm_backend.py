@@ -24,13 +24,16 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 @dataclass
 class BatchMetadata(AttentionMetadata):
     """One step's batch of n requests. cu_seqlens int32 [n + 1] bounds the queries; seq_lens int32 [n] counts contexts, these queries
-    included; block_table int32 [n, max_pages]; slot_mapping int64 [num_tokens]: physical slots of the queries' own tokens.
+    included; block_table int32 [n, max_pages]; slot_mapping int64 [num_tokens]: physical slots of the queries' own tokens. bounds and
+    lengths: cu_seqlens and seq_lens on the host.
     """
 
     cu_seqlens: Tensor
     seq_lens: Tensor
     block_table: Tensor
     slot_mapping: Tensor
+    bounds: list[int]
+    lengths: list[int]
     num_tokens: int
     decode: bool  # one query a request
 
@@ -44,11 +47,15 @@ class BatchMetadataBuilder(AttentionMetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> BatchMetadata:
         batch = common_attn_metadata
         n, tokens = batch.num_reqs, batch.num_actual_tokens
+        # vLLM's own copies, which nothing waits for; the lengths are a bound where it drafts tokens, which this model never does
+        on_host = batch.seq_lens_cpu_upper_bound
         return BatchMetadata(
             cu_seqlens=batch.query_start_loc[: n + 1],
             seq_lens=batch.seq_lens[:n],
             block_table=batch.block_table_tensor[:n],
             slot_mapping=batch.slot_mapping[:tokens],
+            bounds=batch.query_start_loc_cpu[: n + 1].tolist(),
+            lengths=(batch.seq_lens if on_host is None else on_host)[:n].tolist(),
             num_tokens=tokens,
             decode=batch.max_query_len == 1,
         )
@@ -110,10 +117,10 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         return rows
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MLAAttentionSpec:
-        """model_version tells caches of different widths apart: vLLM 0.24 compares it, and not head_size, before it gives all layers one shape."""
-        block_size = vllm_config.cache_config.block_size
+        """model_version tells different caches apart: vLLM 0.24 compares it, and neither width nor dtype, before it gives all layers one shape."""
         return MLAAttentionSpec(
-            block_size=block_size, num_kv_heads=1, head_size=self.width, dtype=self.dtype, model_version=f"winnow {self.width}"
+            block_size=vllm_config.cache_config.block_size, num_kv_heads=1, head_size=self.width, dtype=self.dtype,
+            model_version=f"winnow {self.width} {self.dtype}",
         )  # fmt: skip
 
     def get_attn_backend(self) -> type[AttentionBackend]:

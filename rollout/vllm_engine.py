@@ -28,12 +28,19 @@ from winnow.rollout.cache import PagedCache
 from winnow.rollout.engine import Engine
 from winnow.rollout.engine_config import EngineConfig, named_ends
 from winnow.rollout.records import NARROW_LIMIT
-from winnow.rollout.sampler import RowParams, sample
+from winnow.rollout.sampler import RowParams, draw, sample
 from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence
 from winnow.rollout.vllm_plugin import ARCHITECTURE, LOAD_FORMAT, VllmError, import_vllm
 from winnow.rollout.vllm_requests import Turn, VllmRequests
 from winnow.rollout.weights import copy_into
+
+ON_CUDA = {
+    # must be free at the start, though kv_cache_memory_bytes says what is taken: a learner may be there
+    "gpu_memory_utilization": 0.01,
+    # would run the largest batch once more, for kernels that the model does not call
+    "enable_flashinfer_autotune": False,
+}
 
 
 class VllmEngine(Engine):
@@ -78,10 +85,8 @@ class VllmEngine(Engine):
             "async_scheduling": False,  # a step returns what it has drawn
             "disable_log_stats": True,
         }
-        if (
-            torch.device(device).type == "cuda"
-        ):  # must be free at the start, though kv_cache_memory_bytes says what is taken: a learner may be there
-            arguments["gpu_memory_utilization"] = 0.01
+        if torch.device(device).type == "cuda":
+            arguments |= ON_CUDA
         self._llm: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**{**arguments, **options}))
         [self._runner] = self._llm.collective_rpc(_runner)
         self._net: Any = self._runner.get_model()
@@ -278,7 +283,10 @@ class VllmEngine(Engine):
             stream=np.array([owner.stream if owner else 0 for owner in owners], dtype=np.uint64),
             position=np.array([len(owner.tokens) if owner else 0 for owner in owners], dtype=np.int64),
         )
-        drawn = sample(logits.float(), params, self.config.keep_kept_sets)
+        if self._net.fused and not params.filtered.any():
+            drawn = draw(logits, params)
+        else:
+            drawn = sample(logits.float(), params, self.config.keep_kept_sets)
         kept = drawn.kept if drawn.kept is not None else [None] * len(ids)
         self._drawn = dict(
             zip(ids, zip(drawn.tokens.tolist(), drawn.logprobs.tolist(), kept, strict=True), strict=True)

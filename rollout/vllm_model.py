@@ -26,6 +26,7 @@ from winnow.models.context import ForwardContext, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.models.load import load
 from winnow.models.native import NATIVE
+from winnow.rollout.decoding import LEAST
 from winnow.rollout.records import compact
 from winnow.rollout.vllm_backend import BatchMetadata, CacheLayer
 from winnow.rollout.vllm_plugin import VllmError
@@ -137,11 +138,13 @@ class WinnowForCausalLM(nn.Module):
             return hidden_states(self.module, input_ids.long(), train_context(lengths, input_ids.device))
         batch = described[self.kv[0].prefix]
         assert isinstance(batch, BatchMetadata), f"vLLM's metadata is a {type(batch).__name__}: another backend's"
-        rows, bounds, lengths = batch.num_tokens, batch.cu_seqlens.tolist(), batch.seq_lens.tolist()
+        rows, bounds, lengths = batch.num_tokens, batch.bounds, batch.lengths
         record = self.record and self.index_k > 0 and max(lengths) > self.index_k
         out: dict[int, Any] | None = {} if record else None
         ids, context = self._context(input_ids[:rows].long(), positions[:rows].long(), batch, bounds, lengths, out)
         hidden = hidden_states(self.module, ids, context)[:rows]
+        if context.faults is not None and int(context.faults):
+            raise ValueError("a decode step has a score that is NaN: the weights or the cache are not finite")
         sets = None
         if out is not None:
             assert sorted(out) == list(range(self.num_layers)), f"only layers {sorted(out)} left a selection"
@@ -167,10 +170,11 @@ class WinnowForCausalLM(nn.Module):
     ) -> tuple[Tensor, ForwardContext]:  # fmt: skip
         """The batch in winnow's terms; on a CPU filled up to whole blocks of rows, as the native engine does it."""
         cu_seqlens, seq_lens, slots = batch.cu_seqlens, batch.seq_lens, batch.slot_mapping
-        page = self.kv[0].rows.shape[1]
+        page, on_cpu = self.kv[0].rows.shape[1], ids.device.type == "cpu"
         # vLLM's rows are as wide as the longest context there may be: operations work over what they are given
-        table = batch.block_table[:, : -(-max(lengths) // page)].contiguous()
-        extra = round_up(len(ids)) - len(ids) if ids.device.type == "cpu" else 0
+        capacity = max(lengths) if on_cpu else self._capacity(max(lengths))
+        table = batch.block_table[:, : -(-capacity // page)].contiguous()
+        extra = round_up(len(ids)) - len(ids) if on_cpu else 0
         if extra:
             assert int(slots.min()) >= page, "vLLM gave block 0 to a request: it is not the null block of this version"
             more = torch.arange(extra)
@@ -192,9 +196,17 @@ class WinnowForCausalLM(nn.Module):
             selection_out=out,
             max_seq_len=max(lengths),
             fresh=not batch.decode and all(b - a == n for (a, b), n in zip(pairwise(bounds), lengths, strict=True)),
+            faults=None if on_cpu or not batch.decode else torch.zeros(1, dtype=torch.int32, device=ids.device),
             fused=self.fused,
         )
         return ids, context
+
+    def _capacity(self, longest: int) -> int:
+        """The next of the capacities that `rollout.decoding` decodes at: a GPU's kernels are compiled for each of them."""
+        capacity = self.index_k or LEAST
+        while capacity < longest:
+            capacity *= 2
+        return min(capacity, self.context)
 
     def _cache(self) -> BoundCache:
         """Views of vLLM's caches, made anew when it has bound others."""

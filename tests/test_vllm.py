@@ -6,6 +6,7 @@ import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from winnow.models import attach as A
+from winnow.models import inference
 from winnow.models.context import train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.models.indexer import IndexerConfig
@@ -33,7 +35,7 @@ from winnow.models.load import load, save
 from winnow.rollout import vllm_plugin
 from winnow.rollout.engine import Engine, EngineConfig
 from winnow.rollout.schema import Sampling
-from winnow.rollout.vllm_engine import VllmEngine, token_bytes
+from winnow.rollout.vllm_engine import ON_CUDA, VllmEngine, token_bytes
 from winnow.rollout.vllm_plugin import VllmError, check_version, import_vllm, installed_version
 from winnow.rollout.weights import WeightError, pack
 from winnow.rollout.worker import load_update
@@ -439,6 +441,63 @@ def test_every_family_opens_and_equals_native(family, tmp_path):
     assert engine.records == records
     for group, other in zip(engine.generate(prompts, sampling), native(place).generate(prompts, sampling), strict=True):
         same(group[0], other[0], engine if records else None)
+
+
+@real
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_forward_pass_of_a_gpu_on_vllms_caches(folder, dtype):
+    """vLLM opens models under a default dtype of its own, which must not reach what is fp32 in them, such as RoPE's frequencies."""
+    kind = getattr(torch, dtype)
+    engine, other = open_engine(folder, dtype=dtype, **ON_CUDA), Engine(load(folder, dtype), Letters(), CONFIG)
+    assert {layer.rows.dtype for layer in (*engine._net.kv, *engine._net.index.values())} == {kind}
+    models = engine.model, other.model
+    for (name, one), (_, two) in zip(*([*m.named_parameters(), *m.named_buffers()] for m in models), strict=True):
+        assert one.dtype == two.dtype and torch.equal(one, two), name
+    for model in models:
+        inference.join(model)
+    engine._net.fused = other.forward.fused = True
+    new = pack({name: tensor.to(kind) for name, tensor in make_model(seed=1).state_dict().items()}, 1)
+    prompts, sampling = [prompt_of(n, n) for n in (5, 41, 100)], Sampling(max_tokens=20, temperature=0.9, seed=3)
+    for _ in range(2):
+        np.testing.assert_allclose(*(one.score(prompt_of(120)) for one in (engine, other)), rtol=0, atol=1e-5)
+        groups = [one.generate(prompts, sampling, 3, ["a", "b", "c"]) for one in (engine, other)]
+        for one, two in zip(*([s for group in side for s in group] for side in groups), strict=True):
+            if dtype == "float32":  # in 16 bits the last bits depend on the batch, and draws on them
+                same(one, two, engine)
+        assert [load_update(one, new) for one in (engine, other)] == [1, 1]
+
+
+@real
+def test_caches_of_another_width_or_dtype_keep_what_they_are(shared):
+    """Keys and values of a model in 16 bits, and indexer keys as wide, as narrow and as precise as any: pages of their own size each."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+
+    from winnow.rollout.vllm_backend import CacheLayer
+
+    config = shared._llm.vllm_config
+    bare = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}), cache_config=config.cache_config
+    )
+    kinds = {
+        "layers.0.kv": (128, torch.bfloat16), "layers.0.index": (64, torch.bfloat16), "layers.1.kv": (128, torch.bfloat16),
+        "layers.1.index": (128, torch.float32), "layers.2.kv": (128, torch.bfloat16), "layers.2.index": (128, torch.bfloat16),
+    }  # fmt: skip
+    specs = {name: CacheLayer(name, *kind, bare).get_kv_cache_spec(config) for name, kind in kinds.items()}
+    groups = get_kv_cache_groups(config, specs)
+    assert len(groups) == 1, "one block table for all"
+    made = get_kv_cache_config_from_groups(config, groups, 1 << 30)
+    assert made.num_blocks == CONFIG.num_pages + 1
+    spec = groups[0].kv_cache_spec
+    kept = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(kinds, spec)
+    for name, (width, dtype) in kinds.items():
+        assert (kept[name].head_size, kept[name].dtype) == (width, dtype), name
+        assert kept[name].page_size_bytes == CONFIG.page_size * width * dtype.itemsize, name
+
+
+@real
+def test_a_gpus_block_tables_have_the_widths_that_kernels_are_compiled_for(shared):
+    widths = {shared._net._capacity(n) for n in range(1, CONTEXT + 1)}
+    assert widths == {8, 16, 32, 64, 128, CONTEXT} and all(shared._net._capacity(n) >= n for n in range(1, CONTEXT + 1))
 
 
 @real
