@@ -79,6 +79,12 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
         "overrides", nargs="*", metavar="key=value", help="e.g. top_k=64 data=texts/ warmup_batches=20"
     )
     convert.add_argument(
+        "--config",
+        default="",
+        metavar="FILE",
+        help="a YAML file, or a shipped one's name (convert_8k): its section convert",
+    )
+    convert.add_argument(
         "--table",
         action="store_true",
         help="what each part of the recipe is worth, as a table; OUT/k<first> is the model",

@@ -266,6 +266,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = read_values(path)
     if of_pipeline := [key for key in PIPELINE_KEYS if key in values]:
         raise ConfigError(f"{path} is the config of a pipeline (it has {of_pipeline[0]!r}): winnow pipeline {path}")
+    if "convert" in values:
+        raise ConfigError(f"{path} is the config of a conversion: winnow convert MODEL OUT --config {path}")
     return make_config(values, overrides)
 
 

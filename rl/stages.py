@@ -221,8 +221,10 @@ def dense_control(model: Any, stream: Iterator[Packed], options: ConvertOptions,
 
 
 def schedule(step: int, total: int) -> float:
-    """Three steps of rise, then a straight line down to a tenth."""
-    return min(1.0, (step + 1) / 3) * (1 - 0.9 * step / total)
+    """A twentieth of the steps of rise, three at least, and a straight line down to a tenth. Adam's first steps move every weight by the whole
+    rate: with three steps of rise, rates that pay later undo in a few steps what the model knew (docs/experiments.md)."""
+    rise = max(3, total // 20)
+    return min(1.0, (step + 1) / rise) * (1 - 0.9 * step / total)
 
 
 class MasterAdamW:

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from winnow.rl.convert import convert as run
     from winnow.rl.convert_options import ConvertOptions
 
-    options = typed(ConvertOptions, {}, arguments.overrides)
+    options = typed(ConvertOptions, convert_section(arguments.config), arguments.overrides)
     if arguments.table:
         from winnow.rl.ablation import as_markdown, convert_table
 
@@ -28,6 +28,20 @@ def convert(arguments: argparse.Namespace) -> None:
         print(as_markdown(made))
         return
     run(arguments.model, arguments.out, options, progress=say)
+
+
+def convert_section(config: str) -> Mapping[str, Any]:
+    """What a YAML file, a pipeline's or one that holds nothing else, says of a conversion; nothing where none is named."""
+    from winnow.rl.config import read_values
+
+    if not config:
+        return {}
+    values = read_values(find_config(config))
+    if not isinstance(values.get("convert"), dict):
+        raise ValueError(
+            f"{config} has no section `convert`, only {', '.join(values)}: put the conversion's options there"
+        )
+    return values["convert"]
 
 
 def train(arguments: argparse.Namespace) -> int:

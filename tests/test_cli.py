@@ -62,6 +62,10 @@ BAD = [
     ("convert MODEL out top_k=0", "convert.top_k is 0, but it must be >= 1"),  # before minutes of sampling, not after
     ("convert MODEL out top_k=-1", "convert.top_k is -1, but it must be >= 1"),
     ("convert MODEL out index_rope_dim=5", "indexer.rope_dim is 5, but it must be even"),
+    ("convert MODEL out --config train", "train has no section `convert`, only "),
+    ("convert MODEL out --config convert_8k top_k=9000", "convert.seq_len is 8192 and top_k 9000"),
+    ("convert MODEL out --config convert_8k sparse_stepz=1", "unknown key sparse_stepz: did you mean sparse_steps?"),
+    ("train convert_8k", "is the config of a conversion: winnow convert MODEL OUT --config "),
     ("eval nowhere --tasks lookup", "model folder 'nowhere' does not exist"),
     ("eval MODEL --tasks lokup", "benchmark 'lokup' is unknown: known are lookup, tool, rubric, addition, gsm8k"),
     ("eval MODEL --tasks gsm8k", "give --data"),
@@ -134,9 +138,14 @@ def test_convert_eval_and_generate_on_a_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("ann has 7 . bob keeps red . " * 300)
-    options = "data=texts.txt top_k=8 index_heads=2 index_dim=8 index_rope_dim=4 seq_len=64 warmup_batches=1 sparse_steps=1 holdout_tokens=128"
-    assert main(["convert", str(model), "sparse", *options.split()]) == 0
-    assert json.loads(Path("sparse/conversion.json").read_text())["retention"]["recall"]["indexer"]["mean"] > 0
+    (tmp_path / "small.yaml").write_text(
+        "convert: {index_heads: 2, index_dim: 8, index_rope_dim: 4, seq_len: 64, sparse_steps: 9}"
+    )
+    options = "data=texts.txt top_k=8 warmup_batches=1 sparse_steps=1 holdout_tokens=128"
+    assert main(["convert", str(model), "sparse", "--config", "small.yaml", *options.split()]) == 0
+    report = json.loads(Path("sparse/conversion.json").read_text())
+    assert report["retention"]["recall"]["indexer"]["mean"] > 0
+    assert report["options"]["index_dim"] == 8 and len(report["sparse"]["kl"]) == 1  # the command wins over the file
     assert main(["convert", "sparse", "again"]) == 1
     capsys.readouterr()
 

@@ -16,7 +16,7 @@ from winnow.rl import convert_data
 from winnow.rl.convert import convert
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.retention import perplexity, recall
-from winnow.rl.stages import LayerwiseWarmup, _micro_bounds, dense_control, sparse_stage, warm_up
+from winnow.rl.stages import LayerwiseWarmup, _micro_bounds, dense_control, schedule, sparse_stage, warm_up
 from winnow.rl.teacher import Teacher, summed_kl
 
 OPTIONS = ConvertOptions(
@@ -120,6 +120,15 @@ def test_sparse_stage_moves_what_it_should(model_lr):
     sparse_stage(model, convert_data.batches(documents(), 200, 0), options, lambda line: None)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (model_lr == 0 and not is_indexer_name(name)), name
+
+
+@pytest.mark.parametrize(("total", "rise"), [(1, 3), (40, 3), (480, 24)])
+def test_the_rate_rises_for_a_twentieth_of_the_steps_and_ends_near_a_tenth(total, rise):
+    rates = [schedule(step, total) for step in range(total)]
+    risen = min(rise, total) - 1
+    assert rates[0] == pytest.approx(1 / rise) and rates.index(max(rates)) == risen
+    assert max(rates) == pytest.approx(min(1.0, total / rise) * (1 - 0.9 * risen / total))
+    assert total == 1 or rates[-1] == pytest.approx(0.1 + 0.9 / total)
 
 
 def test_perplexity_and_recall_agree_with_a_full_set():

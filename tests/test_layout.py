@@ -130,9 +130,10 @@ def test_the_driver_stays_an_algorithm_one_can_read() -> None:
 
 
 def test_every_shipped_config_is_checked_by_the_code_that_reads_it() -> None:
-    from winnow.rl.config import make_config, read_values
+    from winnow.rl.config import make_config, read_values, typed
+    from winnow.rl.convert_options import ConvertOptions
     from winnow.rl.pipeline_config import make_pipeline
-    from winnow.rl.verbs import shipped_configs
+    from winnow.rl.verbs import convert_section, shipped_configs
 
     shipped = shipped_configs()
     assert {"demo", "smollm2"} <= set(shipped)
@@ -142,6 +143,8 @@ def test_every_shipped_config_is_checked_by_the_code_that_reads_it() -> None:
         values = read_values(file)
         if "run" in values:
             make_pipeline(values)
+        elif "convert" in values:
+            typed(ConvertOptions, convert_section(str(file)))
         else:
             make_config(values, ["model.path=somewhere"])
 

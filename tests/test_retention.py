@@ -1,5 +1,6 @@
 """What a conversion reports and what can interrupt it: resuming, shared indexers, needles, cost, memory, the table, the page."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -73,6 +74,24 @@ def test_an_interrupted_conversion_goes_on_to_the_same_weights(uninterrupted, tm
     assert all(torch.equal(t, part[n]) for n, t in whole.items())
     a, b = (json.loads((folder / "conversion.json").read_text()) for folder in (uninterrupted / "whole", out))
     assert a["warmup"] == b["warmup"] and a["sparse"] == b["sparse"] and a["retention"] == b["retention"]
+
+
+def test_a_conversion_that_goes_on_has_the_teacher_it_began_with(uninterrupted, tmp_path):
+    """The teacher is the model before the sparse stage, not the half-trained student that was left."""
+    options = dataclasses.replace(OPTIONS, sparse_teacher="dense", sparse_model_lr=1e-2)
+    convert(uninterrupted / "dense", tmp_path / "whole", options, documents(), lambda line: None)
+
+    def stop(line):
+        if line.startswith("sparse 2/3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(uninterrupted / "dense", tmp_path / "part", options, documents(), stop)
+    convert(uninterrupted / "dense", tmp_path / "part", options, documents(), lambda line: None)
+    whole, part = load(tmp_path / "whole").state_dict(), load(tmp_path / "part").state_dict()
+    assert all(torch.equal(t, part[n]) for n, t in whole.items())
+    text = load(uninterrupted / "whole").state_dict()
+    assert any(not torch.equal(t, text[n]) for n, t in whole.items())
 
 
 def test_what_another_conversion_left_is_not_used(uninterrupted, tmp_path):

@@ -150,6 +150,16 @@ def test_an_interrupted_table_goes_on_with_what_is_done(folder, monkeypatch):
     assert figures(other)[1]["perplexity"] != figures(whole)[1]["perplexity"]
 
 
+def test_with_a_dense_teacher_the_control_is_the_taught_model_itself(folder):
+    lines = []
+    made = table(folder, "teacher", lines.append, sparse_teacher="dense")
+    control, recipe, _ = made["rows"]
+    assert control["perplexity"] == made["before"] and not any(" dense 1/" in line for line in lines)
+    text = json.loads((folder / "whole" / "table.json").read_text())["rows"]
+    assert recipe["perplexity"] != text[1]["perplexity"] and control["perplexity"] != text[0]["perplexity"]
+    assert figures(table(folder, "teacher", sparse_teacher="dense")) == json.loads(json.dumps(figures(made)))
+
+
 def test_a_limit_leaves_rows_out_and_names_them(folder):
     lines = []
     short = table(folder, "short", lines.append, limit_s=1e-3)
