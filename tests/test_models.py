@@ -66,7 +66,9 @@ def logits(model, ids, ctx):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_short_contexts_are_the_dense_model_bit_for_bit_and_leave_the_indexer_alone(family):
-    length = 3 * 16  # whole blocks of rows on every CPU (packing.ROW_MULTIPLE): ours computes no row that theirs does not
+    length = (
+        3 * 16
+    )  # whole blocks of rows on every CPU (packing.ROW_MULTIPLE): ours computes no row that theirs does not
     ids = tokens(length)
     with torch.no_grad():
         want = dense_model(family)(ids[None]).logits[0]  # transformers' own sdpa
