@@ -21,6 +21,7 @@ from winnow.models.attach import indexer_calls, use_winnow_attention
 from winnow.models.context import train_context
 from winnow.models.forward import hidden_states
 from winnow.models.routing import routers, routing_choices
+from winnow.rewards import grader_pool
 from winnow.rewards.demonstrations import pretraining_texts
 from winnow.rl.advantages import Sample
 from winnow.rl.base import make_tokenizer
@@ -412,9 +413,10 @@ def test_a_run_replays_its_rollouts_experts(tmp_path: Path, monkeypatch: pytest.
     tokenizer = make_tokenizer(pretraining_texts(12, 0), 400, 512)
     (tmp_path / "routing_reward.py").write_text(
         "from winnow.rollout.schema import Score\n\n"
-        "def parity(task, trajectory):\n    return Score(value=float(int(trajectory.tokens.sum()) % 2))\n"
+        "def by_turns(task, trajectory):\n    return Score(value=float(trajectory.sample % 2))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    grader_pool.shared().close()  # its nursery, if there is one, does not know the folder
     rows = [
         {"prompt": " ".join(f"{name} {n} ." for name in ("flo", "abe", "gus", "kim")), "answer": "1"} for n in range(40)
     ]
@@ -426,8 +428,8 @@ def test_a_run_replays_its_rollouts_experts(tmp_path: Path, monkeypatch: pytest.
     values: dict[str, Any] = {
         "runs_dir": str(tmp_path), "model": {"path": str(tmp_path / "model")}, "rollout": {"samples": 4, "num_pages": 256},
         "learner": {"lr": 1e-3, "routing": "replay"}, "indexer": {"selection": "replay"}, "cluster": {"address": "here"},
-        "schedule": {"steps": 2, "save_every": 0}, "algorithm": {"max_failures": 1.0, "truncated": "keep"},
-        "domains": [{"name": "a", "source": str(tmp_path / "tasks.jsonl"), "count": 4, "holdout": 2, "quota": 2, "max_tokens": 4, "reward": "routing_reward:parity"}],
+        "schedule": {"steps": 2, "save_every": 0}, "algorithm": {"max_failures": 0.0, "truncated": "keep"},
+        "domains": [{"name": "a", "source": str(tmp_path / "tasks.jsonl"), "count": 4, "holdout": 2, "quota": 2, "max_tokens": 4, "reward": "routing_reward:by_turns"}],
     }  # fmt: skip
     adopt = Learner._adopt
 
