@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export UV_LINK_MODE ?= copy
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help setup demo test test-slow test-gpu test-vllm lint format types clean
+.PHONY: help setup setup-vllm demo test test-slow test-gpu test-vllm lint format types clean
 
 help:
 	@echo "make demo       the whole pipeline on a small model: specialists, data, student, mixed GRPO, report (minutes, no GPU)"
@@ -31,6 +31,8 @@ help:
 	@echo "make setup      only the set-up of .venv                       make clean     removes what make made, runs/ excepted"
 
 setup: $(READY)
+
+setup-vllm: $(VLLM_READY)
 
 demo: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/winnow pipeline configs/demo.yaml $(ARGS)
