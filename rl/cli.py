@@ -10,6 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from winnow.rl.argument_types import count, limit, positive, positive_list
+from winnow.rl.bench_verb import add_bench
+
 INTERRUPTED = 130
 OVERRIDES = "key=value settings over the config, e.g. learner.lr=1e-5 or domains.math.quota=8"
 
@@ -216,130 +219,6 @@ def add_tools(verbs: argparse._SubParsersAction) -> None:
     report.add_argument(
         "--provenance", action="store_true", help="walk every row of its data back to checkpoint and config; no page"
     )
-
-
-def add_bench(bench: argparse.ArgumentParser) -> None:
-    """What is measured, and the options of each."""
-    bench.add_argument(
-        "what",
-        choices=(
-            "kernels",
-            "rollout",
-            "step",
-            "learner",
-            "rewards",
-            "cost",
-            "warmup",
-            "memory",
-            "ablation",
-            "sparse-dense",
-            "sync",
-            "scaling",
-        ),
-    )
-    bench.add_argument(
-        "--model",
-        help="a model folder (rollout, step, scaling) or a shape (cost, memory, sync, scaling, rollout with --lengths): qwen3-1.7b, v3.2 ...; "
-        "without it a small random one",
-    )
-    bench.add_argument("--threads", type=positive, default=1)
-    bench.add_argument("--seconds", type=positive, default=2, help="at least so long on each figure (2)")
-    bench.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help="kernels: these rows, or all whose names contain a word, e.g. mla topk; step: ours, trl; ablation, sparse-dense: these variants",
-    )
-    bench.add_argument(
-        "--check", action="store_true", help="kernels on a GPU: compare with the references, time nothing"
-    )
-    bench.add_argument("--out", help="a file for the same JSON; ablation, sparse-dense, step --seeds: a folder")
-    bench.add_argument("--device", default="cpu", help="where to measure (cpu)")
-    bench.add_argument(
-        "--layers", type=positive, help="cost, memory, learner, sync, scaling: cut the shape to so many layers"
-    )
-    bench.add_argument(
-        "--lengths",
-        type=positive,
-        nargs="+",
-        help="cost, warmup, memory, learner, rollout: contexts in tokens; sparse-dense: the longest sequence (the model's context)",
-    )
-    bench.add_argument(
-        "--batch", type=positive, default=8, help="rollout with --lengths: sequences that decode together"
-    )
-    bench.add_argument(
-        "--suite",
-        nargs="+",
-        metavar="PART",
-        help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
-        "greedy, records: of a model folder; sync: nccl, ipc, store (all of them); scaling: throughput, schedule, curve, kills",
-    )
-    bench.add_argument(
-        "--text", help="rollout --suite greedy, records: a text to read; sparse-dense: where facts are hidden"
-    )
-    bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
-    bench.add_argument("--prompts", type=positive, default=32, help="step, scaling: prompts of a step (32)")
-    bench.add_argument("--samples", type=positive, default=8, help="step, scaling: samples of a prompt (8)")
-    bench.add_argument("--tokens", type=positive, default=64, help="step, scaling: the most tokens of a sample (64)")
-    bench.add_argument(
-        "--steps",
-        type=positive,
-        help="step, scaling: steps to run (10, 6; 1000 with --seeds); ablation, sparse-dense: of each run (the config's)",
-    )
-    bench.add_argument(
-        "--wall", type=positive, help="step: end a run so many seconds after its first step (60 with --seeds)"
-    )
-    bench.add_argument("--seed", type=count, default=0, help="step: of the problems and the draws (0)")
-    bench.add_argument(
-        "--config",
-        help="ablation, sparse-dense (sparse_dense), scaling --suite curve: the run that is varied, a YAML file or a shipped one",
-    )
-    bench.add_argument(
-        "--seeds", type=count, nargs="+", help="ablation, sparse-dense: of each variant (0 1); step: a process each"
-    )
-    bench.add_argument(
-        "--parallel", type=positive, default=1, help="ablation, sparse-dense: runs at a time on the device (1)"
-    )
-    bench.add_argument(
-        "--limit-s",
-        type=positive,
-        metavar="S",
-        help="ablation, sparse-dense: end and evaluate what still runs then (36000); step --seeds: begin no run that would not end before "
-        "(36000); scaling: of all runs (480)",
-    )
-    bench.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="ablation, sparse-dense, scaling: overrides of the config",
-    )
-    bench.add_argument(
-        "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
-    )
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
-
-
-def limit(text: str) -> int:
-    """A number of tasks; 0 stands for all."""
-    return 0 if text == "all" else positive(text)
-
-
-def positive_list(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
