@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from winnow.rl.config import AlgorithmConfig, DomainConfig
+from winnow.rl.config_sections import AlgorithmConfig, DomainConfig
 from winnow.rollout.schema import Group, Score, Trajectory
 
 

@@ -13,7 +13,8 @@ from winnow.rewards.alignment import Shaping, shape
 from winnow.rewards.contract import grade
 from winnow.rewards.judge import Judge, JudgedRubric, held_out_check
 from winnow.rewards.registry import get_reward, prepare
-from winnow.rl.config import Config, DomainConfig, JudgeConfig
+from winnow.rl.config import Config
+from winnow.rl.config_sections import DomainConfig, JudgeConfig
 from winnow.rl.sampler import domain_tasks
 from winnow.rollout.schema import Group, Reward, Task
 

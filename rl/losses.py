@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from winnow.rl.config import AlgorithmConfig
+from winnow.rl.config_sections import AlgorithmConfig
 from winnow.rl.metrics import Tally
 
 

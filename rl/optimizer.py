@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from winnow.rl.config import IndexerConfig, LearnerConfig
+from winnow.rl.config_sections import IndexerConfig, LearnerConfig
 from winnow.rl.ranks import own_part, split_like, whole
 
 

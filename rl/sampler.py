@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from winnow.rl.config import Config, DomainConfig
+from winnow.rl.config import Config
+from winnow.rl.config_sections import DomainConfig
 from winnow.rollout.schema import Request, Sampling, Task
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from winnow.rl.config import ScheduleConfig
+from winnow.rl.config_sections import ScheduleConfig
 from winnow.rollout.schema import Group, Request
 
 IN_FLIGHT = "in_flight.pkl"

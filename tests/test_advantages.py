@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from winnow.rl.advantages import compute_advantages
-from winnow.rl.config import AlgorithmConfig, DomainConfig
+from winnow.rl.config_sections import AlgorithmConfig, DomainConfig
 from winnow.rollout.schema import Failure, Group, Request, Sampling, Score, Task, Trajectory
 
 DOMAINS = [DomainConfig(name="math", source="x"), DomainConfig(name="chat", source="x", beta=0.1)]

@@ -18,8 +18,9 @@ from winnow.models.indexer import IndexerConfig
 from winnow.models.load import save
 from winnow.rl.advantages import Sample
 from winnow.rl.batching import TrainBatch, make_batch
-from winnow.rl.config import Config, LearnerConfig, make_config, to_mapping
-from winnow.rl.config import IndexerConfig as IndexerOptions
+from winnow.rl.config import Config, make_config, to_mapping
+from winnow.rl.config_sections import IndexerConfig as IndexerOptions
+from winnow.rl.config_sections import LearnerConfig
 from winnow.rl.flips import explain_flips
 from winnow.rl.learner import Learner, StepRefused
 from winnow.rl.metrics import Tally

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from winnow.rl.config import AlgorithmConfig
+from winnow.rl.config_sections import AlgorithmConfig
 from winnow.rl.losses import Denominators, LossInputs, LossOutput, compute_loss, unbiased_kl
 
 # Two sequences: A of 2 tokens with advantage +1, B of 1 token with advantage -2.

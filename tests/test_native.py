@@ -21,8 +21,8 @@ from winnow.models import mla
 from winnow.models.context import ForwardContext, IndexerLoss, forward_context, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.models.indexer import IndexerConfig
-from winnow.rl.config import IndexerConfig as IndexerTraining
-from winnow.rl.config import LearnerConfig
+from winnow.rl.config_sections import IndexerConfig as IndexerTraining
+from winnow.rl.config_sections import LearnerConfig
 from winnow.rl.convert import load_dense
 from winnow.rl.convert_options import ConvertOptions
 from winnow.rl.optimizer import Optimizer

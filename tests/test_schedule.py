@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from winnow.rl.config import Config, ScheduleConfig, make_config
+from winnow.rl.config import Config, make_config
+from winnow.rl.config_sections import ScheduleConfig
 from winnow.rl.dynamic import refill
 from winnow.rl.sampler import TaskSampler
 from winnow.rl.schedule import Rollouts, read_in_flight
