@@ -106,13 +106,19 @@ class Pool:
 
         dead: list[Any] = []
         while True:
-            actor = self._wait_ready(dead)[0].actor
+            worker = self._wait_ready(dead)[0]
+            actor, name = worker.actor, str(worker)
             try:
                 return ray.get(actor.score.remote(sequences, temperature), timeout=self.limits.request_timeout_s)
             except ray.exceptions.RayActorError:  # the watching thread names it and starts another
                 dead.append(actor)
                 if len(dead) == self.limits.max_attempts:
                     raise
+            except ray.exceptions.GetTimeoutError:
+                limit = self.limits.request_timeout_s
+                raise TimeoutError(
+                    f"{name} has not scored {len(sequences)} texts within {limit:g} s: see its log, or raise rollout.request_timeout_s"
+                ) from None
 
     def stats(self) -> dict[int, dict[str, Any]]:
         """Counters of the workers that are up."""

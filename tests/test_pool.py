@@ -125,6 +125,8 @@ def fake_worker_class():
         async def score(self, sequences, temperature):
             """The process that answers. A text is a file's name; one that is not there costs the life of the first to read it."""
             for text in sequences:
+                if text == "slow":
+                    await asyncio.sleep(60)
                 if not os.path.exists(text):
                     open(text, "w").close()
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -246,6 +248,8 @@ def test_a_parity_check_outlives_the_worker_that_it_asks(pool, tmp_path):
     other = pool.score([str(tmp_path / "missing")])[0]
     assert other != first and gone(first)
     pool._wait_ready()
+    with pytest.raises(TimeoutError, match=r"rollout worker \d.* has not scored 1 texts within 3 s"):
+        pool.score(["slow"])
 
 
 def test_a_hung_worker_is_named_and_replaced(pool, tmp_path, caplog):
