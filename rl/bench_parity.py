@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def greedy_rows(folder: str, reference: Path, text: str | None, device: str, not
     A reply counts as equal when every token before the first gap below `CLOSE` is. ValueError: neither a file nor a text to make it from.
     """
     from winnow.models.load import load
+    from winnow.rollout.engine import Engine
 
     model = load(folder, torch.float32, device)
     if not reference.exists():
@@ -67,18 +70,39 @@ def greedy_rows(folder: str, reference: Path, text: str | None, device: str, not
     dtypes = (torch.float32, torch.bfloat16) if device.startswith("cuda") else (torch.float32,)
     for dtype in dtypes:
         model = model if dtype is torch.float32 else load(folder, dtype, device)
-        note(compare_greedy(model, given, str(dtype).removeprefix("torch.")))
+        note(compare_greedy(partial(Engine, model, None), given, str(dtype).removeprefix("torch.")))
 
 
-def compare_greedy(model: Any, given: dict[str, Any], name: str) -> dict[str, Any]:
-    """One row: how many of the reference's replies the engine repeats, and where the first other token is, with the gap there."""
-    from winnow.rollout.engine import Engine, EngineConfig
+def plugin_rows(folder: str, reference: Path, device: str, note: Note) -> None:
+    """The same of vLLM with winnow's plugin, in this process. VllmError: none that it knows is installed; ValueError: no such file."""
+    from winnow.rollout.vllm_engine import VllmEngine
+
+    if not reference.exists():
+        raise ValueError(
+            f"bench rollout --suite plugin: {reference} does not exist: make it by --suite greedy --text FILE"
+        )
+    given = json.loads(reference.read_text())
+    for dtype in ("float32", "bfloat16") if device.startswith("cuda") else ("float32",):
+
+        def make(config: Any, dtype: str = dtype) -> VllmEngine:
+            return VllmEngine(folder, None, config, dtype=dtype, device=device)
+
+        note(compare_greedy(make, given, f"plugin {dtype}"))
+        gc.collect()  # one engine in a process at a time
+
+
+def compare_greedy(make: Callable[[Any], Any], given: dict[str, Any], name: str) -> dict[str, Any]:
+    """One row: how many of the reference's replies an engine repeats, and where the first other token is, with the gap there.
+
+    make: an `EngineConfig` -> an engine of the native interface.
+    """
+    from winnow.rollout.engine_config import EngineConfig
     from winnow.rollout.schema import Sampling
 
     prompts, wanted = given["prompts"], given["tokens"]
     longest = max(len(p) + len(w) for p, w in zip(prompts, wanted, strict=True))
     pages = len(prompts) * (-(-longest // 16) + 1)
-    engine = Engine(model, None, EngineConfig(num_pages=pages, max_batch=len(prompts), max_context=longest))
+    engine = make(EngineConfig(num_pages=pages, max_batch=len(prompts), max_context=longest))
     engine._ends = np.zeros(0, dtype=np.int64)  # the reference does not stop either
     sampling = [Sampling(max_tokens=len(w), temperature=0.0) for w in wanted]
     groups = engine.generate(prompts, sampling)

@@ -8,6 +8,7 @@
     exact     bits: log-probabilities of decode against those of one prefill of the same tokens; what that mode costs a step
     vllm      its dense figures for decode, prefill and small, in processes of their own (`bench_peer.py`)
     greedy    a model folder's greedy tokens against a file of them, made token by token where it is missing (--reference, --text)
+    plugin    the same tokens from vLLM with winnow's plugin, against the same file
     records   a converted model folder's index records on a text: bytes per token and layer, share of raw int32 (--text, --lengths)
 
 Every row is printed as soon as it is measured; the table at the end divides rows of the same name.
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from winnow.rl.bench_parity import exact_rows, greedy_rows, record_rows
+from winnow.rl.bench_parity import exact_rows, greedy_rows, plugin_rows, record_rows
 from winnow.rl.bench_peer import vllm_rows
 from winnow.rl.bench_steps import decode_rows, prefill_rows, small_row, startup_row
 
@@ -30,7 +31,7 @@ DECODE = ((128, 4096), (64, 8192), (64, 16384), (24, 32768), (12, 65536), (6, 13
 SHARED = ((12, 65536),)
 PREFILL = (32768, 131072)
 SMALL = (1024, 64, 256)  # prompts, their tokens, tokens drawn for each
-FOLDERS = ("greedy", "records")  # parts about a model that was trained
+FOLDERS = ("greedy", "plugin", "records")  # parts about a model that was trained
 
 
 def run_suite(
@@ -58,6 +59,7 @@ def run_suite(
         "exact": lambda: exact_rows(device, note),
         "vllm": lambda: vllm_rows(model, rows, PREFILL, SMALL, note),
         "greedy": lambda: greedy_rows(model, Path(reference or "greedy.json"), text, device, note),
+        "plugin": lambda: plugin_rows(model, Path(reference or "greedy.json"), device, note),
         "records": lambda: record_rows(model, text, [512] if rows is DECODE else lengths, device, note),
     }
     for part in parts:

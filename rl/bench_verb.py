@@ -65,12 +65,14 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PART",
         help="rollout: decode, share, prefill, startup, small, exact, vllm: rows of long contexts, and vLLM's beside them; "
-        "greedy, records: of a model folder; sync: nccl, ipc, store (all of them); scaling: throughput, schedule, curve, kills",
+        "greedy, plugin, records: of a model folder; sync: nccl, ipc, store (all of them); scaling: throughput, schedule, curve, kills",
     )
     bench.add_argument(
         "--text", help="rollout --suite greedy, records: a text to read; sparse-dense: where facts are hidden"
     )
-    bench.add_argument("--reference", help="rollout --suite greedy: a JSON file of greedy tokens, written if missing")
+    bench.add_argument(
+        "--reference", help="rollout --suite greedy, plugin: a JSON file of greedy tokens, written if missing"
+    )
     bench.add_argument("--prompts", type=positive, default=32, help="step, scaling: prompts of a step (32)")
     bench.add_argument("--samples", type=positive, default=8, help="step, scaling: samples of a prompt (8)")
     bench.add_argument("--tokens", type=positive, default=64, help="step, scaling: the most tokens of a sample (64)")

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from winnow.rl.bench_models import random_model
 from winnow.rl.bench_peer import read_peer
 from winnow.rl.bench_suite import ratios
 from winnow.rl.cli import main
+from winnow.rollout.engine import Engine
 
 
 def test_dense_and_sparse_rows_of_one_run(capsys):
@@ -79,18 +81,19 @@ def tiny(**indexer):
 def test_greedy_rows_count_replies_that_differ_before_a_near_tie():
     model, rng = tiny(), np.random.default_rng(0)
     prompts = [rng.integers(0, 1024, 20 + 3 * i).tolist() for i in range(3)]
+    make = partial(Engine, model, None)
     given = bench_parity.token_by_token(model, prompts, 5)
     assert len({tuple(reply) for reply in given["tokens"]}) == 3 and all(
         gap >= 0 for gaps in given["gaps"] for gap in gaps
     )
-    row = bench_parity.compare_greedy(model, given, "float32")
+    row = bench_parity.compare_greedy(make, given, "float32")
     assert (row["equal"], row["of"], row["row"]) == (3, 3, "greedy 3x5") and row["past_k"] > 0.5
     given["tokens"][1][2] ^= 1
     given["gaps"] = [[1.0] * 5] * 3
-    row = bench_parity.compare_greedy(model, given, "float32")
+    row = bench_parity.compare_greedy(make, given, "float32")
     assert row["equal"] == 2 and row["first_differences"][0] == {"prompt": 1, "token": 2, "gap": 1.0}
     given["gaps"] = [[1.0, 1.0, 1e-4, 1.0, 1.0]] * 3  # as near as that, either token is right
-    assert bench_parity.compare_greedy(model, given, "float32")["equal"] == 3
+    assert bench_parity.compare_greedy(make, given, "float32")["equal"] == 3
 
 
 def test_record_rows_of_own_and_shared_indexers():
