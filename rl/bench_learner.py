@@ -5,7 +5,8 @@
 Rows: dense on this project's tiles, dense as torch does it (the one that sparse must beat), sparse with a frozen indexer, sparse with its
 KL. Each is a whole `Learner.step` (forward, backward with recomputed layers, clip,
 AdamW) in bf16 on fp32 masters, every token trained; `parts` is the device's time by what its kernels do. On a GPU the allocator's own
-record is searched for a tensor of [tokens, vocabulary] or [length, length]: there must be none.
+record is searched for a tensor of [tokens, vocabulary] or [length, length]: there must be none. `workspace_gib` is the one buffer whose
+size is a constant, the shares of a slice of the backward.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from winnow.kernels.sparse_backward import PARTS_BYTES
 from winnow.models.attach import attach, use_winnow_attention
 from winnow.models.indexer import IndexerConfig
 from winnow.rl import memory
@@ -155,9 +158,13 @@ def measure(learner: Learner, length: int, repeats: int) -> dict[str, Any]:
     if learner.device == "cpu":
         return row
     row |= {"parts_s": parts(step)}
-    sizes, largest = forbidden(learner, length, vocabulary), allocations(step)
+    sizes, made = forbidden(learner, length, vocabulary), allocations(step)
     own = {parameter_bytes(p.numel()) for p in learner.model.parameters()}
-    others = [size for size in largest if not any(size in sizes_of for sizes_of in own)]
+    shares = [size for size, where in made if is_workspace(size, where)]
+    row["workspace_gib"] = round(max(shares, default=0) / GIB, 3)
+    others = [
+        size for size, where in made if not (any(size in sizes_of for sizes_of in own) or is_workspace(size, where))
+    ]
     row["largest_gib"] = round(max(others, default=0) / GIB, 3)
     row["forbidden_gib"] = {name: round(size / GIB, 3) for name, size in sizes.items()}
     above = {name: size for name, size in sizes.items() if max(others, default=0) >= size}
@@ -174,17 +181,28 @@ def parameter_bytes(count: int) -> frozenset[int]:
     return frozenset(-(-count * size // 512) * 512 for size in (2, 4))
 
 
-def allocations(step: Callable[[], None]) -> list[int]:
-    """Sizes in bytes of everything that one step allocates on the GPU, from the allocator's record."""
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=1_000_000)
+def allocations(step: Callable[[], None]) -> list[tuple[int, str]]:
+    """Of everything that one step allocates on the GPU, from the allocator's record: bytes, and the function that asked, "file:name"."""
+    torch.cuda.memory._record_memory_history(enabled="all", context="alloc", stacks="python", max_entries=1_000_000)
     try:
         step()
         traces = torch.cuda.memory._snapshot()["device_traces"]
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-    return sorted(
-        {int(event["size"]) for trace in traces for event in trace if event["action"] == "alloc"}, reverse=True
-    )
+    events = [event for trace in traces for event in trace if event["action"] == "alloc"]
+    return sorted({(int(event["size"]), asked_by(event.get("frames", []))) for event in events}, reverse=True)
+
+
+def asked_by(frames: Sequence[Mapping[str, Any]]) -> str:
+    """ "file:function" of the innermost frame that is not torch's."""
+    ours = (frame for frame in frames if "/torch/" not in frame["filename"] and frame["filename"].endswith(".py"))
+    frame = next(ours, None)
+    return f"{Path(frame['filename']).name}:{frame['name']}" if frame else ""
+
+
+def is_workspace(size: int, where: str) -> bool:
+    """The shares of a slice of the backward: as many bytes as it is given, however long the sequence is. Above that it is not one."""
+    return where == "sparse_backward.py:_backward_slice" and size <= PARTS_BYTES
 
 
 def parts(step: Callable[[], None]) -> dict[str, float]:

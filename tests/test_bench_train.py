@@ -117,9 +117,25 @@ def test_a_forbidden_tensor_in_the_allocators_record_is_a_wrong_row(
     monkeypatch.setattr(bench_learner, "_settle", lambda device: None)
     monkeypatch.setattr(bench_learner, "parts", lambda step: {})
     allowed = [12 << 21, 6 << 21, 4096 * 1024, 512]  # a parameter's own shape in fp32 and bf16 may be as large as it is
-    monkeypatch.setattr(bench_learner, "allocations", lambda step: [*allowed, planted])
+    made = [*((size, "a.py:f") for size in (*allowed, planted)), (1 << 31, "sparse_backward.py:_backward_slice")]
+    monkeypatch.setattr(bench_learner, "allocations", lambda step: made)
     row = bench_learner.measure(Fake(), 4096, 1)  # type: ignore[arg-type]
-    assert ("wrong" in row) == bool(planted) and row["largest_gib"] >= 0
+    assert ("wrong" in row) == bool(planted) and row["largest_gib"] >= 0 and row["workspace_gib"] == 2.0
+    made[-1] = ((1 << 31) + 1, made[-1][1])  # the same function, with more than its constant
+    assert "wrong" in bench_learner.measure(Fake(), 4096, 1)  # type: ignore[arg-type]
+    made[-1] = (1 << 31, "sparse_backward.py:sparse_backward")  # another function of the file
+    assert "wrong" in bench_learner.measure(Fake(), 4096, 1)  # type: ignore[arg-type]
+
+
+def test_who_asked_is_the_innermost_frame_outside_torch() -> None:
+    frames = [
+        {"filename": "??", "name": "c10::alloc", "line": 0},
+        {"filename": "/x/torch/functional.py", "name": "empty", "line": 1},
+        {"filename": "/y/kernels/sparse_backward.py", "name": "_backward_slice", "line": 2},
+        {"filename": "/y/rl/learner.py", "name": "step", "line": 3},
+    ]
+    assert bench_learner.asked_by(frames) == "sparse_backward.py:_backward_slice" and bench_learner.asked_by([]) == ""
+    assert bench_learner.is_workspace(1 << 31, bench_learner.asked_by(frames))
 
 
 def test_kernels_are_told_apart_by_part() -> None:
