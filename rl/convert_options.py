@@ -42,7 +42,6 @@ class ConvertOptions:
     sparse_teacher: str = (
         "text"  # what the model learns in the sparse stage: the "text", or what the "dense" model says to it
     )
-    sparse_rewrite: float = 0.0  # with the dense teacher: share of a text's tokens that it writes anew each time
     coupled: bool = False  # ablation: the KL's gradient reaches the model too, against DSA's recipe
     checkpointing: bool = False  # recompute activations in the sparse stage's backward
     holdout_tokens: int = 1536
@@ -96,13 +95,6 @@ class ConvertOptions:
             raise ValueError(f"convert.index_share is {self.index_share}, but one indexer serves 1 to {REACH} layers")
         if not 0 <= self.needle_share < 1:
             raise ValueError(f"convert.needle_share is {self.needle_share}, but it must be at least 0 and below 1")
-        if not 0 <= self.sparse_rewrite < 1:
-            raise ValueError(f"convert.sparse_rewrite is {self.sparse_rewrite}, but it must be at least 0 and below 1")
-        if self.sparse_rewrite > 0 and self.sparse_teacher != "dense":
-            raise ValueError(
-                f"convert.sparse_rewrite is {self.sparse_rewrite}, but sparse_teacher is {self.sparse_teacher!r}: words that nobody wrote "
-                "have no text to learn from; set sparse_teacher=dense, or sparse_rewrite=0"
-            )
         _ = self.indexer  # its own checks: before any data are read or sampled
         if self.seq_len <= self.top_k:
             raise ValueError(

@@ -175,10 +175,7 @@ def sparse_stage(
         if teacher is None:
             loss, rows = language_loss(model, next(stream), indexer_loss=watch, coupled=options.coupled)
         else:
-            batch = next(stream)
-            if options.sparse_rewrite:
-                batch = teacher.rewrite(batch, options.sparse_rewrite, 1_000_003 * options.seed + number)
-            loss, rows = _taught_loss(model, batch, teacher, watch, options.coupled)
+            loss, rows = _taught_loss(model, next(stream), teacher, watch, options.coupled)
         loss, kl = loss / rows, watch.total()
         (loss + kl).backward()  # the sum is safe: no parameter has a gradient from both
         for group in groups:

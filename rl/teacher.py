@@ -37,24 +37,6 @@ class Teacher:
             self.model, batch.tokens.to(device), train_context(batch.lengths, device, selector="dense")
         )
 
-    @torch.no_grad()
-    def rewrite(self, batch: Packed, share: float, seed: int) -> Packed:
-        """The batch with `share` of its tokens, the first of a sequence excepted, drawn from what the dense model says in their places.
-
-        Epochs over a few texts read other words each time, and words that the model itself would have written: scheduled sampling's mixture
-        (Bengio et al. 2015) with the teacher as the writer. Same seed, same words.
-        """
-        rows = batch.next_token_rows
-        rows = rows[torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < share]
-        hidden, head = self.hidden(batch), lm_head_weight(self.model)
-        generator = torch.Generator(hidden.device).manual_seed(seed)
-        tokens = batch.tokens.clone()
-        for a in range(0, len(rows), CHUNK):
-            chosen = rows[a : a + CHUNK]
-            said = torch.softmax((hidden[chosen.to(hidden.device)] @ head.T).float(), dim=-1)
-            tokens[chosen + 1] = torch.multinomial(said, 1, generator=generator)[:, 0].to(tokens)
-        return Packed(tokens, batch.lengths)
-
     def loss(self, batch: Packed, student: Any, student_hidden: Tensor) -> tuple[Tensor, int]:
         """Summed KL(dense || student) of a batch's next tokens, with gradient for the student, and their number."""
         rows = batch.next_token_rows.to(student_hidden.device)

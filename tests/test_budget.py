@@ -11,7 +11,7 @@ from pipelines import Here, pipeline_config
 
 from winnow.rl import budget, restarts
 from winnow.rl import manifest as manifests
-from winnow.rl.budget import CONTROL, MARGIN, Budget, least, weights
+from winnow.rl.budget import CONTROL, EVALUATION, MARGIN, Budget, least, weights
 from winnow.rl.config import ConfigError, make_config
 from winnow.rl.manifest import Manifest
 from winnow.rl.pipeline import Pipeline
@@ -46,7 +46,7 @@ def test_what_is_left_is_shared_by_weight(monkeypatch: pytest.MonkeyPatch) -> No
     again = Budget(100.0, [*STAGES, *EVALUATIONS], 2, begin=now)  # a restart: what is done was paid for before it
     late = [name for name in STAGES if name != "mixed"]
     assert again.share("mixed", late, earlier=80.0) == pytest.approx(
-        15 * again.weights["mixed"] / sum(again.weights[name] for name in ("mixed", *EVALUATIONS))
+        (100 * (1 - MARGIN) - 80) * again.weights["mixed"] / sum(again.weights[name] for name in ("mixed", *EVALUATIONS))
     )
 
 
@@ -55,7 +55,7 @@ def test_a_control_may_take_what_it_is_compared_with() -> None:
     assert found["mixed-from-base"] == pytest.approx(CONTROL * sum(found[name] for name in STAGES[:6]))
     assert found["student-on_policy"] == pytest.approx(CONTROL * sum(found[n] for n in ("data-a", "data-b", "student")))
     assert weights(["evaluation-student", "evaluation-specialist-a"], 3) == pytest.approx(
-        {"evaluation-student": 0.3, "evaluation-specialist-a": 0.1}
+        {"evaluation-student": 3 * EVALUATION, "evaluation-specialist-a": EVALUATION}
     )
     assert (least(None, None), least(3.0, None), least(None, 2.0, 5.0)) == (None, 3.0, 2.0)
 

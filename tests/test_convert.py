@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from winnow.models.attach import attach, base_parameters, indexer_parameters, is_indexer_name, strip
 from winnow.models.context import IndexerLoss, train_context
-from winnow.models.forward import hidden_states, lm_head_weight
+from winnow.models.forward import hidden_states
 from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, save
 from winnow.rl import convert_data
@@ -228,30 +228,6 @@ def test_a_teachers_kl_and_gradient_equal_their_definition():
     assert 0 <= float(same.detach()) < 1e-3 < float(found.detach()), "a model that agrees has nothing to learn"
     with pytest.raises(ValueError, match="2500 rows and 40 tokens cannot teach 2500 rows and 41"):
         summed_kl(teacher, old, student, torch.randn(41, width))
-
-
-def test_a_teacher_rewrites_a_share_of_the_words_as_it_would_have_written_them():
-    torch.manual_seed(0)
-    model = attach(tiny_model(), IndexerConfig(top_k=3, num_heads=2, head_dim=16, rope_dim=8))
-    batch = convert_data.pack(documents(8))
-    teacher, starts = Teacher(model), torch.tensor([0, *batch.lengths[:-1]]).cumsum(0)
-    assert torch.equal(teacher.rewrite(batch, 0.0, 1).tokens, batch.tokens)
-    whole = [teacher.rewrite(batch, 0.99999, seed) for seed in range(400)]
-    assert all(torch.equal(made.tokens[starts], batch.tokens[starts]) and made.lengths == batch.lengths for made in whole)
-    logits = teacher.hidden(batch) @ lm_head_weight(teacher.model).T
-    row = int(batch.next_token_rows[11])
-    said, wanted = torch.stack([made.tokens[row + 1] for made in whole]), torch.softmax(logits[row], -1)
-    for token in wanted.topk(3).indices:
-        error = float((wanted[token] * (1 - wanted[token]) / len(whole)).sqrt())
-        assert float((said == token).float().mean()) == pytest.approx(float(wanted[token]), abs=4 * error)
-    once = teacher.rewrite(batch, 0.25, 7)
-    assert torch.equal(once.tokens, teacher.rewrite(batch, 0.25, 7).tokens), "the same seed, the same words"
-    changed = float((once.tokens != batch.tokens).float().mean())
-    assert 0.1 < changed < 0.35 and not torch.equal(once.tokens, teacher.rewrite(batch, 0.25, 8).tokens)
-    with pytest.raises(ValueError, match="set sparse_teacher=dense, or sparse_rewrite=0"):
-        ConvertOptions(**{**vars(OPTIONS), "sparse_rewrite": 0.25})
-    with pytest.raises(ValueError, match=r"sparse_rewrite is 1\.5"):
-        ConvertOptions(**{**vars(OPTIONS), "sparse_teacher": "dense", "sparse_rewrite": 1.5})
 
 
 def test_a_dense_teacher_brings_the_sparse_model_back_to_the_dense_one():
