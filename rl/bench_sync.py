@@ -43,9 +43,9 @@ class Peer:
         self.sender, self.receiver, self.seed = Sender("127.0.0.1", self.device), Receiver(), seed
 
     def named(self) -> dict[str, Tensor]:
-        from winnow.rollout.weights import untied
+        from winnow.rollout.weights import state_of, untied
 
-        return untied(self.model.state_dict())
+        return untied(state_of(self.model))
 
     def about(self) -> dict[str, Any]:
         return {

@@ -135,7 +135,7 @@ class Learner:
     def named_weights(self) -> dict[str, Tensor]:
         """The model's weights by name, tied ones once. Over ranks they are parts: `ranks.whole` of one is every rank's to ask for."""
         if self.ranks.world == 1:
-            return weights.untied(self.model.state_dict())
+            return weights.untied(weights.state_of(self.model))
         named, seen = {}, set()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:

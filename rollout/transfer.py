@@ -31,7 +31,7 @@ from winnow.rollout.transport import (
     checksum,
     fill,
 )
-from winnow.rollout.weights import WeightError, check_match
+from winnow.rollout.weights import WeightError, check_match, state_of
 
 log = logging.getLogger("winnow.rollout")
 
@@ -167,7 +167,7 @@ class Receiver:
         self, channel: Channel, ticket: Ticket, model: nn.Module, device: torch.device
     ) -> tuple[Layout, Tensor]:
         """The layout, checked, and room for the whole stream, which the learner is told."""
-        session, ready, targets = ticket.session, f"{ticket.session}/ready/{ticket.rank}", model.state_dict()
+        session, ready, targets = ticket.session, f"{ticket.session}/ready/{ticket.rank}", state_of(model)
         try:
             layout = Layout.read(channel.hear(f"{session}/layout", ticket.wait_s, "the learner", session))
             check_match(targets, layout.shapes, layout.version)

@@ -46,7 +46,9 @@ def test_what_is_left_is_shared_by_weight(monkeypatch: pytest.MonkeyPatch) -> No
     again = Budget(100.0, [*STAGES, *EVALUATIONS], 2, begin=now)  # a restart: what is done was paid for before it
     late = [name for name in STAGES if name != "mixed"]
     assert again.share("mixed", late, earlier=80.0) == pytest.approx(
-        (100 * (1 - MARGIN) - 80) * again.weights["mixed"] / sum(again.weights[name] for name in ("mixed", *EVALUATIONS))
+        (100 * (1 - MARGIN) - 80)
+        * again.weights["mixed"]
+        / sum(again.weights[name] for name in ("mixed", *EVALUATIONS))
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from winnow.rollout.weights import WeightError, copy_into, pack, unpack, untied
+from winnow.rollout.weights import WeightError, copy_into, pack, state_of, unpack, untied
 
 
 class Tied(nn.Module):
@@ -83,3 +83,27 @@ def test_a_part_does_not_stand_for_the_whole():
         copy_into(target, sent, 1)
     square = torch.randn(3, 3)
     assert list(untied({"a": square, "b": square.T, "c": square})) == ["a", "b"]
+
+
+def test_the_quick_state_is_the_state_dict_and_sees_replaced_tensors():
+    model = nn.Sequential(Tied(), nn.BatchNorm1d(3))
+    model[1].register_buffer("scratch", torch.ones(2), persistent=False)
+
+    def same():
+        found, wanted = state_of(model), model.state_dict()
+        assert list(found) == list(wanted) and not any(tensor.requires_grad for tensor in found.values())
+        return all(found[n].data_ptr() == t.data_ptr() and torch.equal(found[n], t) for n, t in wanted.items())
+
+    assert same() and len(untied(state_of(model))) == len(state_of(model)) - 1
+    model[0].norm.weight = nn.Parameter(torch.full((4,), 7.0))
+    model[1].running_mean = torch.full((3,), 2.0)
+    assert same(), "a tensor that was replaced is not written to any more"
+
+
+def test_a_model_that_makes_its_state_itself_is_asked_for_it():
+    class Halved(nn.Linear):
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            destination[f"{prefix}half"] = self.weight.detach()[:1]
+
+    model = nn.Sequential(Halved(2, 2))
+    assert list(state_of(model)) == ["0.half"] and torch.equal(state_of(model)["0.half"], model[0].weight[:1])
