@@ -12,7 +12,8 @@
 With needle_steps= the dense model learns to find needles before all of this. Every row sees the same data in the same order.
 OUT/table.json and OUT/table.md hold the table as far as it has come, OUT/k<first> the converted model. What is done lies in OUT/done, and
 the same command goes on after it; --limit-s ends the table before a row that would not be done in time, and names the rows that are missing.
-With --recipe-only there are the control and the recipe at each k, and no more.
+With --recipe-only there are the control and the recipe at each k, and no more. With --vary sparse_model_lr=5e-5,1e-4,2e-4 there are the
+control and a row for each value: the sparse stage at the first k, from the same needles and warm-up.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ class Table:
 
     def __init__(
         self, model_path: str, out: Path, options: ConvertOptions, ks: Sequence[int], progress: Progress, limit_s: float | None = None,
-        recipe_only: bool = False,
+        recipe_only: bool = False, varied: Mapping[str, ConvertOptions] | None = None,
     ) -> None:  # fmt: skip
         if not ks or max(ks) >= options.seq_len:
             raise ValueError(
                 f"the table's k are {list(ks)}, but each must be below seq_len={options.seq_len}, or nothing is selected"
             )
         self.begin, self.say, self.limit = time.monotonic(), progress, limit_s
-        self.recipe_only = recipe_only
+        self.recipe_only, self.varied = recipe_only, dict(varied or {})
         self.name, self.out, self.ks = str(model_path), out, list(ks)
         self.options = dataclasses.replace(options, top_k=self.ks[0])
         torch.manual_seed(options.seed)
@@ -99,6 +100,11 @@ class Table:
         """Names and makers of the rows, the ones that matter most first."""
         first = self.options
         yield "dense, same training", self.control
+        for change, options in self.varied.items():
+            name = f"k {first.top_k}, {change}"
+            yield name, partial(self.trained_row, name, dataclasses.replace(options, top_k=first.top_k))
+        if self.varied:
+            return
         for k in self.ks:
             yield f"recipe, k {k}", partial(self.recipe_rows, dataclasses.replace(first, top_k=k))
         if self.recipe_only:
@@ -398,8 +404,9 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 def convert_table(
     model_path: str, out: str | Path, options: ConvertOptions, ks: Sequence[int], progress: Progress = print,
-    limit_s: float | None = None, recipe_only: bool = False,
+    limit_s: float | None = None, recipe_only: bool = False, varied: Mapping[str, ConvertOptions] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs the table, whole or down to the recipe; see the module's docstring. Raises ValueError before anything is trained."""
+    """Runs the table, whole, down to the recipe, or over `varied` options by name; see the module's docstring. Raises ValueError before
+    anything is trained."""
     assert max(SHARES) <= share.REACH
-    return Table(model_path, Path(out), options, ks, progress, limit_s, recipe_only).run()
+    return Table(model_path, Path(out), options, ks, progress, limit_s, recipe_only, varied).run()

@@ -105,6 +105,11 @@ def add_training(verbs: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "--recipe-only", action="store_true", help="--table: the dense control and the recipe at each k, nothing else"
     )
+    convert.add_argument(
+        "--vary",
+        metavar="KEY=A,B",
+        help="--table: instead of the recipe's parts, its sparse stage with KEY at each value",
+    )
     for name, shipped, text in (
         ("train", "coding, smollm2, train", "one RL run: a specialist or the mixed stage"),
         (

@@ -19,15 +19,36 @@ def convert(arguments: argparse.Namespace) -> None:
     from winnow.rl.convert import convert as run
     from winnow.rl.convert_options import ConvertOptions
 
-    options = typed(ConvertOptions, convert_section(arguments.config), arguments.overrides)
+    section = convert_section(arguments.config)
+    options = typed(ConvertOptions, section, arguments.overrides)
+    if arguments.vary and not arguments.table:
+        raise ValueError("--vary makes rows of a table: add --table")
     if arguments.table:
         from winnow.rl.ablation import as_markdown, convert_table
 
         ks = arguments.k or [options.top_k]
-        made = convert_table(arguments.model, arguments.out, options, ks, say, arguments.limit_s, arguments.recipe_only)
+        varied = {}
+        for change in changes(arguments.vary):
+            varied[change.replace("=", " ")] = typed(ConvertOptions, section, [*arguments.overrides, change])
+        limit, only = arguments.limit_s, arguments.recipe_only
+        made = convert_table(arguments.model, arguments.out, options, ks, say, limit, only, varied)
         print(as_markdown(made))
         return
     run(arguments.model, arguments.out, options, progress=say)
+
+
+def changes(vary: str | None) -> list[str]:
+    """ "KEY=A,B" as ["KEY=A", "KEY=B"]. ValueError unless it is the sparse stage that reads KEY: what comes before it is shared."""
+    if not vary:
+        return []
+    key, _, values = vary.partition("=")
+    found = [f"{key}={value}" for value in values.split(",") if value]
+    if not key.startswith("sparse_") or not found:
+        raise ValueError(
+            f"--vary is {vary!r}, but it must be KEY=A,B,... with a KEY of the sparse stage (sparse_model_lr, sparse_steps, ...): the rows "
+            "share their data, needles and warm-up"
+        )
+    return found
 
 
 def convert_section(config: str) -> Mapping[str, Any]:

@@ -101,10 +101,12 @@ def folder(tmp_path_factory):
     return root
 
 
-def table(root, name, progress=lambda line: None, limit_s=None, **changed):
-    options = dataclasses.replace(OPTIONS, data=str(root / "a.txt"), holdout=str(root / "held.txt"), **changed)
+def table(root, name, progress=lambda line: None, limit_s=None, varied=None, **changed):
+    places = {"data": str(root / "a.txt"), "holdout": str(root / "held.txt")}
+    varied = {change: dataclasses.replace(options, **places) for change, options in (varied or {}).items()}
+    options = dataclasses.replace(OPTIONS, **places, **changed)
     return ablation.convert_table(
-        str(root / "dense"), root / name, options, [8, 16], progress, limit_s, recipe_only=True
+        str(root / "dense"), root / name, options, [8, 16], progress, limit_s, recipe_only=True, varied=varied
     )
 
 
@@ -160,6 +162,34 @@ def test_with_a_dense_teacher_the_control_is_the_taught_model_itself(folder):
     assert figures(table(folder, "teacher", sparse_teacher="dense")) == json.loads(json.dumps(figures(made)))
 
 
+def test_one_key_varies_and_the_rest_is_shared(folder, monkeypatch, capsys):
+    trained, stage, seen = [], ablation.sparse_stage, []
+
+    def heard(model, stream, options, *rest):
+        seen.append((options.sparse_model_lr, options.top_k))
+        return stage(model, stream, options, *rest)
+
+    monkeypatch.setattr(ablation, "sparse_stage", heard)
+    monkeypatch.setattr(
+        ablation, "warm_up", lambda *a, made=ablation.warm_up, **k: trained.append("warm_up") or made(*a, **k)
+    )
+    varied = {f"lr {lr}": dataclasses.replace(OPTIONS, sparse_model_lr=lr) for lr in (1e-3, 5e-2)}
+    made = table(folder, "varied", varied=varied)
+    assert seen == [(1e-3, 8), (5e-2, 8)] and trained == ["warm_up"]
+    assert [row["name"] for row in made["rows"]] == ["dense, same training", "k 8, lr 0.001", "k 8, lr 0.05"]
+    same = next(row for row in table(folder, "plain")["rows"] if row["name"] == "recipe, k 8")
+    first, second = made["rows"][1:]
+    assert first["perplexity"] == same["perplexity"] != second["perplexity"]
+    for asked, message in (
+        (["--vary", "sparse_steps=1"], "add --table"),
+        (["--table", "--vary", "index_dim=8,16"], "share their data, needles and warm-up"),
+        (["--table", "--vary", "sparse_steps"], "it must be KEY=A,B"),
+        (["--table", "--vary", "sparse_stepz=1,2"], "did you mean sparse_steps"),
+    ):
+        assert main(["convert", "x", "y", *asked]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_a_limit_leaves_rows_out_and_names_them(folder):
     lines = []
     short = table(folder, "short", lines.append, limit_s=1e-3)
@@ -181,7 +211,7 @@ def test_the_command_line_asks_for_the_recipe_only(folder, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "convert_table", made)
     command = ["convert", "MODEL", "OUT", "--table", "--k", "8,16", "--limit-s", "30", "seq_len=128"]
     assert main([*command, "--recipe-only"]) == 0 and main(command) == 0
-    assert [(list(given[3]), *given[5:]) for given in asked] == [([8, 16], 30, True), ([8, 16], 30, False)]
+    assert [(list(given[3]), *given[5:]) for given in asked] == [([8, 16], 30, True, {}), ([8, 16], 30, False, {})]
     assert "| dense | - | 2.000 | +0.00 %" in capsys.readouterr().out
 
 
