@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+_Made = TypeVar("_Made")
 _ALIGN = 16  # bytes: a view of any dtype can start at every offset
 
 
@@ -102,32 +104,42 @@ def pack(tensors: Mapping[str, Tensor], version: int, bucket_bytes: int = 1 << 2
             sizes.append(0)
         plan[-1].append((name, tensor, sizes[-1]))
         sizes[-1] += -(-tensor.nbytes // _ALIGN) * _ALIGN
-    entries, buckets = [], []
-    for number, (members, size) in enumerate(zip(plan, sizes, strict=True)):
-        bucket = np.zeros(size, dtype=np.uint8)
-        for name, tensor, offset in members:
-            view = bucket[offset : offset + tensor.nbytes]
-            if tensor.nbytes:
-                torch.from_numpy(view).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            crc = zlib.crc32(view.data)
-            entry = TensorEntry(
-                name=name,
-                shape=tuple(tensor.shape),
-                dtype=dtype,
-                bucket=number,
-                offset=offset,
-                nbytes=tensor.nbytes,
-                crc=crc,
-            )
-            entries.append(entry)
-        buckets.append(bucket)
-    return WeightUpdate(version=version, entries=tuple(entries), buckets=tuple(buckets))
+    buckets = [np.empty(size, dtype=np.uint8) for size in sizes]
+
+    def write(number: int, name: str, tensor: Tensor, offset: int) -> TensorEntry:
+        whole = buckets[number][offset : offset + -(-tensor.nbytes // _ALIGN) * _ALIGN]
+        view = whole[: tensor.nbytes]
+        whole[tensor.nbytes :] = 0
+        if tensor.nbytes:
+            torch.from_numpy(view).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        dtype, crc = str(tensor.dtype).removeprefix("torch."), zlib.crc32(view.data)
+        return TensorEntry(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=dtype,
+            bucket=number,
+            offset=offset,
+            nbytes=tensor.nbytes,
+            crc=crc,
+        )
+
+    work = [(number, *member) for number, members in enumerate(plan) for member in members]
+    return WeightUpdate(version=version, entries=tuple(_in_threads(write, work)), buckets=tuple(buckets))
+
+
+def _in_threads(function: Callable[..., _Made], arguments: Sequence[tuple[Any, ...]]) -> list[_Made]:
+    """By as many threads as torch has here: new memory, copies and checksums of gigabytes leave the interpreter free."""
+    count = torch.get_num_threads()
+    if count == 1:
+        return [function(*each) for each in arguments]
+    with ThreadPoolExecutor(count, thread_name_prefix="winnow-weights") as pool:
+        return list(pool.map(lambda each: function(*each), arguments))
 
 
 def unpack(update: WeightUpdate, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs, views of the buckets: read them, do not write. WeightError names a tensor whose bytes changed on the way."""
-    for entry in update.entries:
+
+    def checked(entry: TensorEntry) -> np.ndarray:
         if entry.bucket >= len(update.buckets) or entry.offset + entry.nbytes > update.buckets[entry.bucket].nbytes:
             raise WeightError(f"weights of version {update.version}: tensor {entry.name!r} lies outside what arrived")
         view = update.buckets[entry.bucket][entry.offset : entry.offset + entry.nbytes]
@@ -136,6 +148,10 @@ def unpack(update: WeightUpdate, verify: bool = True) -> Iterator[tuple[str, Ten
                 f"weights of version {update.version}: tensor {entry.name!r} arrived with checksum {crc:08x}, sent with "
                 f"{entry.crc:08x}; it was damaged on the way and nothing of this update is used: send it again"
             )
+        return view
+
+    views = _in_threads(checked, [(entry,) for entry in update.entries])
+    for entry, view in zip(update.entries, views, strict=True):
         dtype = getattr(torch, entry.dtype)
         if not entry.nbytes:
             yield entry.name, torch.empty(entry.shape, dtype=dtype)
