@@ -10,6 +10,7 @@ checkpointing) sees it as well. `forward_context` is for code that calls a model
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,25 +166,39 @@ def train_context(lengths: list[int], device: torch.device | str = "cpu", **opti
     return ForwardContext(mode="train", positions=positions, cu_seqlens=bounds, seq_lens=bounds.diff(), **options)
 
 
-_stack: list[ForwardContext] = []
+_open: dict[int, tuple[ForwardContext, ...]] = {}  # by thread: what it has open, the innermost last
 
 
 @contextmanager
 def forward_context(ctx: ForwardContext) -> Iterator[ForwardContext]:
-    _stack.append(ctx)
+    me = threading.get_ident()
+    before = _open.get(me, ())
+    _open[me] = (*before, ctx)
     try:
         yield ctx
     finally:
-        _stack.pop()
+        if before:
+            _open[me] = before
+        else:
+            del _open[me]
 
 
 def open_context() -> ForwardContext | None:
-    return _stack[-1] if _stack else None
+    """This thread's. Autograd recomputes layers in threads of its own, which have none: theirs is the only one that is open anywhere."""
+    mine = _open.get(threading.get_ident())
+    if mine is not None:
+        return mine[-1]
+    others = list(_open.values())
+    return others[0][-1] if len(others) == 1 else None
 
 
 def current_context() -> ForwardContext:
-    if not _stack:
+    found = open_context()
+    if found is None:
         raise RuntimeError(
-            "no forward context is open: call models.forward.hidden_states, or open forward_context(ctx)"
+            f"{len(_open)} threads have a forward context open, and this one has none, so it is not known which to take: train in one "
+            "thread of a process at a time"
+            if _open
+            else "no forward context is open: call models.forward.hidden_states, or open forward_context(ctx)"
         )
-    return _stack[-1]
+    return found

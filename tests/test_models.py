@@ -1,5 +1,6 @@
 """DSA inside Hugging Face models: the three modes against one another, gradients, folders, refusals. See also test_families.py."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -278,6 +279,46 @@ def test_gpt2_is_refused_by_load(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="rotary"):
         L.load(tmp_path)
+
+
+def test_each_thread_reads_in_the_context_that_it_opened():
+    """Two learners in threads of one process: neither attends as the other's sequences would have it."""
+    first, second = train_context([30, 10]), train_context([7])
+    both, seen = threading.Barrier(2, timeout=20), {}
+
+    def read(name, ctx):
+        with forward_context(ctx):
+            both.wait()  # both are open now
+            seen[name] = current_context()
+            both.wait()
+
+    others = [threading.Thread(target=read, args=pair) for pair in (("first", first), ("second", second))]
+    [thread.start() for thread in others]
+    [thread.join() for thread in others]
+    assert seen == {"first": first, "second": second}
+    with forward_context(first), forward_context(second):  # as one of autograd's threads would
+        alone = threading.Thread(target=lambda: seen.update(alone=current_context()))
+        alone.start(), alone.join()
+    assert seen["alone"] is second
+
+
+def test_a_thread_that_cannot_know_its_context_is_refused():
+    both, problems = threading.Barrier(3, timeout=20), []
+
+    def hold():
+        with forward_context(train_context([3])):
+            both.wait(), both.wait()
+
+    others = [threading.Thread(target=hold) for _ in range(2)]
+    [thread.start() for thread in others]
+    both.wait()
+    try:
+        current_context()
+    except RuntimeError as error:
+        problems.append(str(error))
+    both.wait()
+    [thread.join() for thread in others]
+    assert problems and "2 threads have a forward context open" in problems[0]
 
 
 def test_contexts_are_checked():
