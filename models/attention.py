@@ -53,6 +53,7 @@ def winnow_attention(
         raise ValueError(
             "winnow attention takes packed sequences [1, tokens]: no attention mask, no dropout, no batch axis"
         )
+    ctx.check_tokens(query.shape[2])
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     layer = Layer(module, ctx, indexer_input)

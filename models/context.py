@@ -151,6 +151,14 @@ class ForwardContext:
         if self.mode == "train" and not self.fresh:
             raise ValueError("a train context holds whole sequences: seq_lens must equal the lengths in cu_seqlens")
 
+    def check_tokens(self, count: int) -> None:
+        """ValueError unless a layer's input has this context's tokens: it would attend by the sequences of another batch."""
+        if count != len(self.positions):
+            raise ValueError(
+                f"a layer got {count} tokens in a forward context of {len(self.positions)}: the context belongs to another batch; pass its own "
+                "by models.forward.hidden_states, or open forward_context around this pass and its backward"
+            )
+
     @property
     def scores(self) -> bool:
         """Whether sets are chosen by the indexers' scores."""

@@ -40,6 +40,7 @@ def mla_forward(
         raise ValueError(
             "winnow attention takes packed sequences [1, tokens]: no attention mask, no batch axis, no transformers cache"
         )
+    ctx.check_tokens(hidden_states.shape[1])
     show_context(self, ctx)
     hidden = hidden_states[0]  # [T, C]
     cos, sin = (x[0] for x in position_embeddings)  # [T, rope], both halves alike

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from winnow.kernels.sparse_backward import PARTS_BYTES
 from winnow.models.attach import attach, use_winnow_attention
 from winnow.models.indexer import IndexerConfig
 from winnow.rl import memory
@@ -202,6 +201,8 @@ def asked_by(frames: Sequence[Mapping[str, Any]]) -> str:
 
 def is_workspace(size: int, where: str) -> bool:
     """The shares of a slice of the backward: as many bytes as it is given, however long the sequence is. Above that it is not one."""
+    from winnow.kernels.sparse_backward import PARTS_BYTES  # Triton, which a CPU need not have
+
     return where == "sparse_backward.py:_backward_slice" and size <= PARTS_BYTES
 
 

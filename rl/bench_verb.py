@@ -71,7 +71,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         "--text", help="rollout --suite greedy, records: a text to read; sparse-dense: where facts are hidden"
     )
     bench.add_argument(
-        "--reference", help="rollout --suite greedy, plugin: a JSON file of greedy tokens, written if missing"
+        "--reference", help="rollout --suite greedy, plugin: a JSON file of greedy tokens (greedy: written if missing)"
     )
     bench.add_argument("--prompts", type=positive, default=32, help="step, scaling: prompts of a step (32)")
     bench.add_argument("--samples", type=positive, default=8, help="step, scaling: samples of a prompt (8)")

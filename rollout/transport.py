@@ -160,6 +160,11 @@ def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor
         sources.clear()
 
     for piece, tensor in zip(layout.pieces, tensors, strict=True):
+        if tensor.shape != piece.shape or str(tensor.dtype) != f"torch.{piece.dtype}":
+            raise WeightError(
+                f"weights of version {layout.version}: tensor {piece.name!r} is {tensor.dtype} {tuple(tensor.shape)}, but "
+                f"torch.{piece.dtype} {piece.shape} was announced to the engines: nothing of this update is used"
+            )
         at = piece.offset
         if piece.nbytes and at // size > number:
             settle()

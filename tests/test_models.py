@@ -321,6 +321,17 @@ def test_a_thread_that_cannot_know_its_context_is_refused():
     assert problems and "2 threads have a forward context open" in problems[0]
 
 
+@pytest.mark.parametrize("length", [7, 9])
+def test_a_batch_in_the_context_of_another_is_refused(length):
+    """One token less or more: none of it may be attended to by the other's sequences."""
+    model = sparse_model()
+    with (
+        forward_context(train_context([8])),
+        pytest.raises(ValueError, match=f"{length} tokens in a forward context of 8"),
+    ):
+        model.get_decoder()(input_ids=tokens(length)[None], position_ids=torch.arange(length)[None], use_cache=False)
+
+
 def test_contexts_are_checked():
     with pytest.raises(RuntimeError, match="no forward context"):
         current_context()

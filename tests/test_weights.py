@@ -100,6 +100,31 @@ def test_the_quick_state_is_the_state_dict_and_sees_replaced_tensors():
     assert same(), "a tensor that was replaced is not written to any more"
 
 
+def test_the_quick_state_sees_modules_and_tensors_that_come_and_go():
+    """A conversion attaches and strips indexers on one model: its weights must not be those of before."""
+    model = nn.Sequential(Tied(), nn.Linear(2, 2, bias=False))
+
+    def same():
+        found, wanted = state_of(model), model.state_dict()
+        return list(found) == list(wanted) and all(found[n].data_ptr() == t.data_ptr() for n, t in wanted.items())
+
+    assert same()
+    model[0].indexer = nn.Linear(3, 3)  # a module more
+    assert same() and "0.indexer.weight" in state_of(model)
+    model[0].indexer = nn.Linear(3, 3)  # another in its place
+    assert same()
+    del model[0].indexer
+    assert same() and "0.indexer.weight" not in state_of(model)
+    model[1].bias = nn.Parameter(torch.zeros(2))  # a tensor where there was None
+    assert same() and "1.bias" in state_of(model)
+    model[1].bias = None
+    assert same()
+    model[1].register_buffer("late", torch.ones(1))
+    assert same() and "1.late" in state_of(model)
+    with pytest.raises(WeightError, match=r"no tensor for '1\.late' arrived"):
+        copy_into(model, {n: t.clone() for n, t in model.state_dict().items() if n != "1.late"}, 3)
+
+
 def test_a_model_that_makes_its_state_itself_is_asked_for_it():
     class Halved(nn.Linear):
         def _save_to_state_dict(self, destination, prefix, keep_vars):
