@@ -161,27 +161,44 @@ def select_rows(
 
     cache [pages, page, D_I], tables int32 [n, max_pages]; positions [T]. Rows at t < top_k keep every position.
     """
-    from winnow.kernels.indexer_logits import indexer_logits_prefill
-    from winnow.kernels.topk import topk as choose
-    from winnow.kernels.topk import topk_workspace
-
-    selection = window_selection(positions, top_k)
-    w, broken = w.float(), []
+    bad = torch.zeros(1, dtype=torch.int32, device=q.device)
+    rows = _Rows(q, w.float(), positions, top_k, bad)
     for i, keys in enumerate(contexts):
-        begin = max(bounds[i], bounds[i + 1] - (keys - top_k))  # rows before it see at most top_k positions
+        rows.choose(bounds[i], bounds[i + 1], cache, tables[i], keys)
+    _raise_if(bad)
+    return rows.selection
+
+
+class _Rows:
+    """Queries whose sets are chosen sequence by sequence; before that they hold the last top_k positions. bad int32 [1]: 1 after a NaN."""
+
+    def __init__(self, q: Tensor, w: Tensor, positions: Tensor, top_k: int, bad: Tensor):
+        self.q, self.w, self.top_k, self.bad = q, w, top_k, bad
+        self.ends = positions.to(torch.int32) + 1
+        self.selection = window_selection(positions, top_k)
+
+    def choose(self, first: int, last: int, cache: Tensor, table: Tensor, keys: int) -> None:
+        """Rows [first, last), the last of `keys` positions. Those that see at most top_k positions keep them all."""
+        from winnow.kernels.indexer_logits import indexer_logits_prefill
+        from winnow.kernels.topk import topk as choose
+        from winnow.kernels.topk import topk_workspace
+
+        indices, counts, device = self.selection.indices, self.selection.counts, self.q.device
         step = max(64, SCORE_BUDGET // max(8192, keys))
-        for a in range(begin, bounds[i + 1], step):
-            b = min(a + step, bounds[i + 1])
-            ends = positions[a:b].to(torch.int32) + 1
-            seen = keys - (bounds[i + 1] - b)  # what the piece's last query sees
-            scores = torch.empty(b - a, round_up(seen), dtype=torch.float32, device=q.device)
-            indexer_logits_prefill(q[a:b], cache, w[a:b], tables[i], seen, ends, scores)
-            work = topk_workspace(b - a, scores.shape[1], top_k, q.device)
-            choose(scores, ends, top_k, selection.indices[a:b], selection.counts[a:b], work, check=False)
-            broken.append(work["bad"])
-    if broken and int(torch.cat(broken).sum()):
+        for a in range(max(first, last - (keys - self.top_k)), last, step):
+            b = min(a + step, last)
+            seen = keys - (last - b)  # what the piece's last query sees
+            scores = torch.empty(b - a, round_up(seen), dtype=torch.float32, device=device)
+            ends = self.ends[a:b]
+            indexer_logits_prefill(self.q[a:b], cache, self.w[a:b], table, seen, ends, scores)
+            work = topk_workspace(b - a, scores.shape[1], self.top_k, device) | {"bad": self.bad}
+            choose(scores, ends, self.top_k, indices[a:b], counts[a:b], work, check=False)
+
+
+def _raise_if(bad: Tensor) -> None:
+    """Waits for the device."""
+    if int(bad):
         raise ValueError("top-k: a score is NaN; the indexer's inputs or weights are not finite")
-    return selection
 
 
 def select_prefill(
@@ -197,19 +214,22 @@ def select_prefill(
 
 
 def select_short(
-    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int
-) -> Selection:
+    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int, faults: Tensor | None = None
+) -> Selection:  # fmt: skip
     """As `select_rows`, for any number of short contexts at the price of one."""
     from winnow.kernels.select_short import select_short as kernel
 
     owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(q)).to(torch.int32)
-    indices, counts, bad = kernel(q, cache, w.float(), tables, owner, positions.to(torch.int32) + 1, top_k)
-    if int(bad):
-        raise ValueError("top-k: a score is NaN; the indexer's inputs or weights are not finite")
+    bad = torch.zeros(1, dtype=torch.int32, device=q.device) if faults is None else faults
+    indices, counts = kernel(q, cache, w.float(), tables, owner, positions.to(torch.int32) + 1, top_k, bad)
+    if faults is None:
+        _raise_if(bad)
     return Selection(indices, counts)
 
 
-def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int) -> Selection:
+def select_packed(
+    q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, top_k: int, faults: Tensor | None = None
+) -> Selection:
     """As ops.select_packed with the indexer: keys k [T, D_I] packed like the queries, every sequence a page of its own."""
     from winnow.kernels.select_short import LONGEST
 
@@ -221,13 +241,15 @@ def select_packed(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, positions
         owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(k))
         pages[owner, positions] = k
         tables = torch.arange(len(pages), dtype=torch.int32, device=k.device)[:, None]
-        return select_short(q, pages, w, cu_seqlens, tables, positions, top_k)
-    selection = window_selection(positions, top_k)
-    table = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
+        return select_short(q, pages, w, cu_seqlens, tables, positions, top_k, faults)
+    bad = torch.zeros(1, dtype=torch.int32, device=q.device) if faults is None else faults
+    rows = _Rows(q, w.float(), positions, top_k, bad)
+    table = torch.zeros(1, dtype=torch.int32, device=q.device)
     for a, b in itertools.pairwise(bounds):
         if b - a > top_k:
             keys = k.new_zeros(1, round_up(b - a), dim)
             keys[0, : b - a] = k[a:b]
-            part = select_rows(q[a:b], keys, w[a:b], [0, b - a], table, [b - a], positions[a:b], top_k)
-            selection.indices[a:b], selection.counts[a:b] = part.indices, part.counts
-    return selection
+            rows.choose(a, b, keys, table, b - a)
+    if faults is None:
+        _raise_if(bad)
+    return rows.selection

@@ -8,11 +8,13 @@ machine without a GPU needs none.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from winnow.kernels.packing import on_host
 from winnow.kernels.selection import Selection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,9 +34,9 @@ def unless_whole(selection: Selection | None, cu_seqlens: Tensor) -> Selection |
     """None where every query takes every position it sees: L <= k and full counts. Looks at the sets only where L <= k."""
     if selection is None:
         return None
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    if len(lengths) == 0 or int(lengths.max()) > selection.k:
+    if max((b - a for a, b in pairwise(on_host(cu_seqlens))), default=selection.k + 1) > selection.k:
         return selection
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     tokens = len(selection.counts)
     origin = cu_seqlens[:-1].repeat_interleave(lengths, output_size=tokens)
     seen = torch.arange(1, tokens + 1, device=origin.device) - origin
@@ -52,7 +54,7 @@ def sparse_attention(
 def indexer_kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
     scale: float,
-) -> tuple[Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from winnow.kernels import indexer_kl as kernel
 
     whole = unless_whole(selection, cu_seqlens)

@@ -55,37 +55,38 @@ def _fold(x, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
-def _span(offsets, block):
-    """First and last entry of a block: multiples of UNIT, said so that rows of a slice are read in wide words."""
-    return tl.multiple_of(tl.load(offsets + block), 64), tl.multiple_of(tl.load(offsets + block + 1), 64)
+def _span(offsets, stops, block):
+    """A block's first entry, the end of its list and the width of its rows in a slice: multiples of UNIT, said so that rows are read in
+    wide words."""
+    start, stop = tl.multiple_of(tl.load(offsets + block), 64), tl.multiple_of(tl.load(stops + block), 64)
+    return start, stop, tl.multiple_of(tl.load(offsets + block + 1) - start, 64)
 
 
 @triton.jit
-def _tile(owner, offsets, first, rows, keys, begin, shift, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a program's tile lies: first entry, its first row and number of queries, keys [N], places [BLOCK_Q, N] in the slice."""
+def _tile(owner, offsets, stops, first, rows, keys, begin, shift, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a program's tile lies: first entry, its first row and number of queries, keys [N], places [BLOCK_Q, N] in the slice. No queries
+    where the tile is room that the block's list does not need."""
     tile = tl.program_id(0)
     block = tl.load(owner + tile)
     entry = tl.multiple_of(shift + tile * BLOCK_N, BLOCK_N)
-    start, stop = _span(offsets, block)
+    start, stop, width = _span(offsets, stops, block)
     n = tl.arange(0, BLOCK_N)
     key = tl.load(keys + entry + n)
     row0, num = tl.load(first + begin + block), tl.load(rows + begin + block)
     q = tl.arange(0, BLOCK_Q)
-    place = (
-        (start - shift).to(tl.int64) * BLOCK_Q
-        + q[:, None] * tl.multiple_of(stop - start, 64)
-        + (entry - start + n)[None, :]
-    )
-    return entry, row0, num, key, place
+    place = (start - shift).to(tl.int64) * BLOCK_Q + q[:, None] * width + (entry - start + n)[None, :]
+    return entry, row0, tl.where(entry < stop, num, 0), key, place
 
 
-@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets", "stops"])
 def _scores(
-    q, k, w, keys, offsets, owner, first, rows, scores, begin, shift,
+    q, k, w, keys, offsets, stops, owner, first, rows, scores, begin, shift,
     HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    _, row0, num, key, place = _tile(owner, offsets, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
+    _, row0, num, key, place = _tile(owner, offsets, stops, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
+    if num == 0:
+        return
     total = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for head in range(0, HEADS, PACK):
         row, inside = _rows(row0, num, head, HEADS, PACK, BLOCK_Q)
@@ -95,17 +96,17 @@ def _scores(
     tl.store(scores + place, total)
 
 
-@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets", "stops"])
 def _normalise(
-    scores, keys, bits, offsets, first, rows, norm, begin, shift,
+    scores, keys, bits, offsets, stops, first, rows, norm, begin, shift,
     DENSE: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of each query's scores over its set: norm fp32 [T], -inf where the set is empty. ROWS queries of a block a program."""
     block, part = tl.program_id(0), tl.program_id(1)
     row0, num = tl.load(first + begin + block), tl.load(rows + begin + block)
-    start, stop = _span(offsets, block)
+    start, stop, width = _span(offsets, stops, block)
     q, n = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    base = scores + (start - shift).to(tl.int64) * BLOCK_Q + q[:, None] * tl.multiple_of(stop - start, 64)
+    base = scores + (start - shift).to(tl.int64) * BLOCK_Q + q[:, None] * width
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for entry in range(start, stop, BLOCK_N):
@@ -127,14 +128,17 @@ def _normalise(
     )
 
 
-@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets", "stops"])
 def _compare(
-    attn_q, attn_k, lse, scores, norm, keys, bits, offsets, owner, first, rows, slope, loss, begin, shift, scale,
+    attn_q, attn_k, lse, scores, norm, keys, bits, offsets, stops, owner, first, rows, slope, loss, begin, shift, scale,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, DENSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A, the tile's part of the loss, and G = softmax(I) - A / H, zero outside the set."""
-    entry, row0, num, key, place = _tile(owner, offsets, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
+    entry, row0, num, key, place = _tile(owner, offsets, stops, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
+    if num == 0:
+        tl.store(loss + tl.program_id(0), 0.0)
+        return
     mass = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for head in range(0, HKV * GROUP, PACK):
         row, inside = _rows(row0, num, head, HKV * GROUP, PACK, BLOCK_Q)
@@ -151,9 +155,9 @@ def _compare(
     tl.store(slope + place, tl.where(chosen, tl.exp(model) - target, 0.0).to(slope.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["offsets", "stops"])
 def _query_gradient(
-    q, k, w, slope, keys, offsets, first, rows, dq, dw, begin, blocks, shift,
+    q, k, w, slope, keys, offsets, stops, first, rows, dq, dw, begin, blocks, shift,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -161,14 +165,14 @@ def _query_gradient(
     GROUPS: tl.constexpr = (HEADS + PACK - 1) // PACK
     head, block = tl.program_id(0) % GROUPS * PACK, blocks - 1 - tl.program_id(0) // GROUPS
     row0, num = tl.load(first + begin + block), tl.load(rows + begin + block)
-    start, stop = _span(offsets, block)
+    start, stop, width = _span(offsets, stops, block)
     row, inside = _rows(row0, num, head, HEADS, PACK, BLOCK_Q)
     d, n, query = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_Q * PACK) // PACK
     mask_q = inside[:, None] & (d < D)[None, :]
     own = tl.load(q + row[:, None] * D + d[None, :], mask=mask_q, other=0.0)
     if UPCAST:
         own = own.to(tl.float32)
-    base = slope + (start - shift).to(tl.int64) * BLOCK_Q + query[:, None] * tl.multiple_of(stop - start, 64)
+    base = slope + (start - shift).to(tl.int64) * BLOCK_Q + query[:, None] * width
     acc = tl.zeros([BLOCK_Q * PACK, BLOCK_D], tl.float32)
     by_weight = tl.zeros([BLOCK_Q * PACK], tl.float32)
     for entry in range(start, stop, BLOCK_N):
@@ -188,14 +192,16 @@ def _query_gradient(
     tl.store(dw + row, by_weight, mask=inside)
 
 
-@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets", "stops"])
 def _key_gradient(
-    q, k, w, slope, keys, offsets, owner, first, rows, parts, begin, shift,
+    q, k, w, slope, keys, offsets, stops, owner, first, rows, parts, begin, shift,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile's share of dk: parts [entries of the slice, D]."""
-    entry, row0, num, key, place = _tile(owner, offsets, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
+    entry, row0, num, key, place = _tile(owner, offsets, stops, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
+    if num == 0:
+        return
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     given = tl.load(slope + place).to(tl.float32)
     if PACK > 1:
@@ -246,11 +252,8 @@ class _Slice:
         pairs = (self.stop - self.shift) * lists.blocks.size
         self.scores = torch.empty(pairs, dtype=torch.float32, device=device)
         self.slope = torch.empty(pairs, dtype=dtype, device=device)
-        self.tiles = (self.stop - self.shift) // block_n
-        lengths = (lists.offsets[a + 1 : b + 1] - lists.offsets[a:b]) // block_n
-        self.owner = torch.arange(b - a, dtype=torch.int32, device=device).repeat_interleave(
-            lengths, output_size=self.tiles
-        )
+        self.owner = lists.owners(a, b, block_n)
+        self.tiles = len(self.owner)
 
 
 def _run_slice(
@@ -261,18 +264,18 @@ def _run_slice(
     norm, dq, dk, dw = out
     size, pack, block_n, warps, stages = plan
     lists, blocks = s.lists, s.lists.blocks
-    offsets, begin = lists.offsets[s.a :], lists.begin + s.a
+    offsets, stops, begin = lists.offsets[s.a :], lists.stops[s.a :], lists.begin + s.a
     heads, dim = q.shape[1:]
     kv_heads, group = attn_k.shape[1], attn_q.shape[1] // attn_k.shape[1]
     dense, cpu = lists.bits is None, q.device.type == "cpu"
     common = {"BLOCK_Q": size, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    where = (lists.keys, offsets, s.owner, blocks.first, blocks.rows)
+    where = (lists.keys, offsets, stops, s.owner, blocks.first, blocks.rows)
     index = {"HEADS": heads, "D": dim, "PACK": pack, "UPCAST": cpu}
     block_d = max(16, triton.next_power_of_2(dim))
     _scores[(s.tiles,)](q, k, w, *where, s.scores, begin, s.shift, CHUNK=_chunk(dim), **index, **common)
     rows = 4 if dense else min(16, size)
     _normalise[(s.b - s.a, size // rows)](
-        s.scores, lists.keys, lists.bits, offsets, blocks.first, blocks.rows, norm, begin, s.shift,
+        s.scores, lists.keys, lists.bits, offsets, stops, blocks.first, blocks.rows, norm, begin, s.shift,
         DENSE=dense, BLOCK_Q=size, ROWS=rows, BLOCK_N=512 if dense and not cpu else min(64, block_n), num_warps=4,
     )  # fmt: skip
     loss = torch.empty(s.tiles, dtype=torch.float32, device=q.device)
@@ -283,7 +286,7 @@ def _run_slice(
     if wants:
         groups = triton.cdiv(heads, pack)
         _query_gradient[((s.b - s.a) * groups,)](
-            q, k, w, s.slope, lists.keys, offsets, blocks.first, blocks.rows, dq, dw, begin, s.b - s.a, s.shift,
+            q, k, w, s.slope, lists.keys, offsets, stops, blocks.first, blocks.rows, dq, dw, begin, s.b - s.a, s.shift,
             BLOCK_D=block_d, **index, **common,
         )  # fmt: skip
         parts = torch.empty(s.stop - s.shift, dim, dtype=k.dtype, device=k.device)
@@ -335,9 +338,6 @@ class _IndexerKL(torch.autograd.Function):
 def indexer_kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
     scale: float,
-) -> tuple[Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ops.indexer_kl` in these kernels. lse must be the attention's own over the same sets: the target is A / H."""
-    total, rows = _IndexerKL.apply(
-        q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale
-    )
-    return total, int(rows)
+    return _IndexerKL.apply(q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale)

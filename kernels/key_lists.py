@@ -3,14 +3,19 @@
 Neighbours select much the same keys, so a tile of (block of queries) x (64 keys of its list) is far fuller than a tile of
 (block of queries) x (64 neighbouring keys), and what no query of the block selected is never read. Made in pieces of queries:
 the bitmap behind a piece costs (its queries) x L / 8 bytes, its lists 4 bytes and one bit a query per listed key.
+
+How long the lists are is known on the device. Where even the longest possible ones are small (`ROOMY`), each gets the room of the longest
+and nobody waits: with a few thousand tokens a step is launches, and every wait for the device leaves it without work afterwards. Longer
+lists are laid end to end, which waits once a piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +27,7 @@ from winnow.kernels.selection import Selection
 
 UNIT = 64  # lists are padded to multiples of this, unless asked otherwise
 BITMAP_BYTES = 1 << 27  # of one piece
+ROOMY = 3 << 20  # entries that a piece may have room for beyond what its lists need
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Blocks:
 
     first, rows, origin int32 [blocks]: first packed row, number of queries, first row of the sequence's keys; shift int32 [blocks]: from a
     query's row to that of its own key, 0 where queries and keys are packed alike; row_origin int32 [T]: a query's row less its position.
-    host holds (first, rows, origin, shift) as Python lists; longest: the most keys of a sequence.
+    host holds (first, rows, origin, shift) as Python lists; longest: the most keys of a sequence. layouts: where lists lie whose places
+    depend on nothing but the blocks, by what they were asked for: every layer asks again.
     """
 
     size: int
@@ -41,6 +48,7 @@ class Blocks:
     row_origin: Tensor
     host: tuple[list[int], list[int], list[int], list[int]]
     longest: int
+    layouts: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.host[0])
@@ -50,9 +58,11 @@ class Blocks:
 class Lists:
     """Lists of blocks [begin, end) of `blocks`.
 
-    keys int32 [entries]: packed rows of keys, ascending inside a block, padded with -1 to a multiple of the unit; offsets int32
-    [end - begin + 1]: entries of each block; bits int32 [entries / 32, size]: bit j of word [e, i] says whether query i of the block
-    selected entry 32 e + j. bits is None where every query takes every listed key up to itself. ends: offsets on the host.
+    keys int32 [entries]: packed rows of keys, ascending inside a block, -1 elsewhere; offsets int32 [end - begin + 1]: where each block's
+    room begins; stops int32 [end - begin]: where its list ends, a multiple of the unit after its beginning; bits int32 [entries / 32,
+    size]: bit j of word [e, i] says whether query i of the block selected entry 32 e + j, and means nothing at a stop or past it. bits is
+    None where every query takes every listed key up to itself. ends: offsets on the host. shared: what is made of the layout for every layer
+    that asks; None where the lists lie end to end, each piece its own way.
     """
 
     blocks: Blocks
@@ -60,12 +70,28 @@ class Lists:
     end: int
     keys: Tensor
     offsets: Tensor
+    stops: Tensor
     bits: Tensor | None
     ends: list[int]
+    shared: dict[tuple[int, ...], Tensor] | None
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.offsets.nbytes + (0 if self.bits is None else self.bits.nbytes)
+        return self.keys.nbytes + (0 if self.bits is None else self.bits.nbytes)
+
+    def owners(self, a: int, b: int, size: int) -> Tensor:
+        """Which of blocks [a, b), counted from `begin` and from a, each tile of `size` entries belongs to: int32 [tiles]."""
+        key = (a, b, size)
+        if self.shared is not None and key in self.shared:
+            return self.shared[key]
+        tiles = [(y - x) // size for x, y in pairwise(self.ends[a : b + 1])]
+        lengths = (self.offsets[a + 1 : b + 1] - self.offsets[a:b]) // size
+        with torch.inference_mode(False):
+            blocks = torch.arange(b - a, dtype=torch.int32, device=self.keys.device)
+            found = blocks.repeat_interleave(lengths, output_size=sum(tiles))
+        if self.shared is not None:
+            self.shared[key] = found
+        return found
 
     def slices(self, entries: int) -> Iterator[tuple[int, int]]:
         """Runs of blocks [a, b), counted from `begin`, of at most `entries` entries (or one block)."""
@@ -166,16 +192,16 @@ def _union(bitmap, first, rows, union, counts, begin, first_row, words, SIZE: tl
     tl.store(counts + block, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["begin", "first_row"])
+@triton.jit(do_not_specialize=["begin", "first_row"], do_not_specialize_on_alignment=["stops"])
 def _fill(
-    bitmap, union, first, rows, origin, offsets, keys, bits, begin, first_row, words,
+    bitmap, union, first, rows, origin, offsets, stops, keys, bits, begin, first_row, words,
     SIZE: tl.constexpr, BLOCK_W: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Positions of the union's bits, then each query's bit at every listed key."""
     block = tl.program_id(0)
     row = tl.load(first + begin + block) - first_row
     num, base_key = tl.load(rows + begin + block), tl.load(origin + begin + block)
-    start, stop = tl.load(offsets + block), tl.load(offsets + block + 1)
+    start, stop = tl.load(offsets + block), tl.load(stops + block)
     offs_w, bit = tl.arange(0, BLOCK_W), tl.arange(0, 32)
     at = start
     for w in range(0, words, BLOCK_W):
@@ -206,7 +232,7 @@ def key_lists(
 ) -> Iterator[Lists]:  # fmt: skip
     """Lists of blocks [begin, end) in pieces; selection None lists every position up to the block's last query, without bits.
 
-    Waits for the device once a piece, to learn how long the lists are.
+    Waits for the device once a piece, to learn how long the lists are, where they may be longer than `ROOMY` entries.
     """
     end = len(blocks) if end is None else end
     words = (blocks.longest + 31) // 32
@@ -220,27 +246,48 @@ def key_lists(
         )
 
 
-def _offsets(counts: Tensor, unit: int) -> tuple[Tensor, list[int]]:
-    """Where each block's entries begin, on the device and on the host."""
+def _kept(blocks: Blocks, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
+    """What `make` returns, made once for these blocks."""
+    if key not in blocks.layouts:
+        with torch.inference_mode(False):  # or a later call could not save them for its backward
+            blocks.layouts[key] = make()
+    return blocks.layouts[key]
+
+
+def _seen(blocks: Blocks, a: int, b: int) -> list[int]:
+    """How many keys each block's last query sees."""
+    host = zip(*(x[a:b] for x in blocks.host), strict=True)
+    return [first + rows + shift - origin for first, rows, origin, shift in host]
+
+
+def _places(counts: Sequence[int], unit: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Where lists of these lengths lie end to end, on the device and on the host."""
+    ends = [0, *accumulate(-(-count // unit) * unit for count in counts)]
+    return torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True), ends
+
+
+def _packed(counts: Tensor, unit: int) -> tuple[Tensor, Tensor, list[int]]:
+    """(offsets, stops, offsets on the host) of lists end to end: waits for their lengths."""
     padded = (counts + unit - 1) // unit * unit
     offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(padded, 0, out=offsets[1:])
     ends = offsets.tolist()
     if ends[-1] < 0 or any(x > y for x, y in pairwise(ends)):
         raise ValueError("key lists: more than 2^31 entries in one piece; lower bitmap_bytes")
-    return offsets, ends
+    return offsets, offsets[1:], ends
 
 
 def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
-    device = blocks.first.device
-    host = zip(*(x[a:b] for x in blocks.host), strict=True)
-    counts = [first + rows + shift - origin for first, rows, origin, shift in host]
-    ends = [0, *accumulate(-(-count // unit) * unit for count in counts)]
-    offsets = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
-    block = torch.arange(b - a, device=device).repeat_interleave(offsets[1:] - offsets[:-1], output_size=ends[-1])
-    keys = torch.arange(ends[-1], dtype=torch.int32, device=device) + (blocks.origin[a:b] - offsets[:-1])[block]
-    last = (blocks.first[a:b] + blocks.rows[a:b] + blocks.shift[a:b])[block]
-    return Lists(blocks, a, b, keys.masked_fill_(keys >= last, -1), offsets, None, ends)
+    def make() -> Lists:
+        device = blocks.first.device
+        offsets, ends = _places(_seen(blocks, a, b), unit, device)
+        block = torch.arange(b - a, device=device).repeat_interleave(offsets[1:] - offsets[:-1], output_size=ends[-1])
+        keys = torch.arange(ends[-1], dtype=torch.int32, device=device) + (blocks.origin[a:b] - offsets[:-1])[block]
+        last = (blocks.first[a:b] + blocks.rows[a:b] + blocks.shift[a:b])[block]
+        return Lists(blocks, a, b, keys.masked_fill_(keys >= last, -1), offsets, offsets[1:], None, ends, {})
+
+    entries = sum(-(-count // unit) * unit for count in _seen(blocks, a, b))
+    return _kept(blocks, (a, b, unit), make) if entries <= ROOMY else make()
 
 
 def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: int, unit: int) -> Lists:
@@ -258,11 +305,21 @@ def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: i
     block_w = min(128, triton.next_power_of_2(words))
     shape = {"SIZE": blocks.size, "BLOCK_W": block_w}
     _union[(b - a,)](bitmap, blocks.first, blocks.rows, union, counts, a, first_row, words, **shape)
-    offsets, ends = _offsets(counts, unit)
-    keys = torch.empty(ends[-1], dtype=torch.int32, device=device)
+
+    def longest() -> tuple[Tensor, list[int], dict[tuple[int, ...], Tensor]]:
+        seen = zip(_seen(blocks, a, b), blocks.host[1][a:b], strict=True)
+        return *_places([min(count, rows * k) for count, rows in seen], unit, device), {}
+
+    offsets, ends, shared = _kept(blocks, (a, b, unit, k), longest)
+    if ends[-1] <= ROOMY:
+        stops = offsets[:-1] + (counts + unit - 1) // unit * unit
+        keys = torch.full((ends[-1],), -1, dtype=torch.int32, device=device)
+    else:
+        (offsets, stops, ends), shared = _packed(counts, unit), None
+        keys = torch.empty(ends[-1], dtype=torch.int32, device=device)
     bits = torch.empty(ends[-1] // 32, blocks.size, dtype=torch.int32, device=device)
     _fill[(b - a,)](
-        bitmap, union, blocks.first, blocks.rows, blocks.origin, offsets, keys, bits, a, first_row, words,
+        bitmap, union, blocks.first, blocks.rows, blocks.origin, offsets, stops, keys, bits, a, first_row, words,
         SIZE=blocks.size, BLOCK_W=min(32, block_w), UNIT=unit,
     )  # fmt: skip
-    return Lists(blocks, a, b, keys, offsets, bits, ends)
+    return Lists(blocks, a, b, keys, offsets, stops, bits, ends, shared)

@@ -42,15 +42,17 @@ def select_packed(
     positions: Tensor,
     top_k: int,
     selector: str = "indexer",
+    faults: Tensor | None = None,
 ) -> Selection:
     """Causal top-k inside each packed sequence; rows at t < top_k get the identity 0..t.
 
     q [T, H_I, D_I], k [T, D_I], w [T, H_I] (all None for the floors); positions int64 [T], 0.. in every sequence; selector
-    "indexer", a floor: "random" (a fixed hash of the two positions) or "recent" (the last top_k), or "random_ties" (selection.py).
+    "indexer", a floor: "random" (a fixed hash of the two positions) or "recent" (the last top_k), or "random_ties" (selection.py). A NaN
+    score raises ValueError; on a GPU it sets faults int32 [1] to 1 instead where there are any, without waiting for the device.
     """
     if selector == "indexer" and gpu_ops.takes_index(q, k):
         assert q is not None and k is not None and w is not None
-        return gpu_ops.select_packed(q, k, w, cu_seqlens, positions, top_k)
+        return gpu_ops.select_packed(q, k, w, cu_seqlens, positions, top_k, faults)
     return torch_indexer.packed_selection(q, k, w, cu_seqlens, positions, top_k, selector)
 
 
@@ -166,8 +168,8 @@ def mla_prefill(
 def indexer_kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
     scale: float,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Sum over rows of KL(p || softmax(I)) over S_t and the number of rows; differentiable in q, k, w only.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sum over rows of KL(p || softmax(I)) over S_t, differentiable in q, k, w only, and the number of rows, int64 scalar.
 
     q [T, H_I, D_I], k [T, D_I], w [T, H_I]; attn_q [T, H, D], attn_k [T, Hkv, D] and lse [T, H] (over the same S_t) are detached.
     """

@@ -57,19 +57,17 @@ def _select_short(
     tl.store(counts + row, k)
 
 
-def select_short(q, cache, w, table, owner, ends, top_k):
-    """The top_k best positions of each query: int32 [T, top_k] ascending with a -1 tail, counts int32 [T], and a flag int32 [1] that is 1
-    when a score was NaN.
+def select_short(q, cache, w, table, owner, ends, top_k, bad):
+    """The top_k best positions of each query: int32 [T, top_k] ascending with a -1 tail, and counts int32 [T].
 
     q [T, H, D] and cache [pages, page, D] of one float dtype; w fp32 [T, H]; table int32 [n, pages]; owner int32 [T]: each query's row of
-    the table; ends int32 [T]: it sees positions below this, at most LONGEST.
+    the table; ends int32 [T]: it sees positions below this, at most LONGEST. bad int32 [1] becomes 1 when a score is NaN.
     """
     tokens, heads, dim = q.shape
     page, cpu = cache.shape[1], q.device.type == "cpu"
     width = min(LONGEST, max(BLOCK_N, triton.next_power_of_2(table.shape[1] * page)))
     out = torch.empty(tokens, top_k, dtype=torch.int32, device=q.device)
     counts = torch.empty(tokens, dtype=torch.int32, device=q.device)
-    bad = torch.zeros(1, dtype=torch.int32, device=q.device)
     if tokens:
         scores = torch.empty(tokens, width, dtype=torch.float32, device=q.device)
         _select_short[(tokens,)](
@@ -77,4 +75,4 @@ def select_short(q, cache, w, table, owner, ends, top_k):
             H=heads, D=dim, PAGE=page, WIDTH=width, K_BLOCK=min(2048, triton.next_power_of_2(top_k)), BLOCK_N=BLOCK_N,
             BLOCK_H=max(16, triton.next_power_of_2(heads)), UPCAST=cpu, num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
-    return out, counts, bad
+    return out, counts

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.kernels.key_lists import Lists, all_kept, key_lists, query_blocks
+from winnow.kernels.packing import known, on_host
 from winnow.kernels.segments import add_rows
 from winnow.kernels.selection import Selection
 from winnow.kernels.sparse_prefill import capability, plan_for, row_places, sparse_prefill, tile_mask
@@ -22,9 +23,9 @@ from winnow.kernels.sparse_prefill import capability, plan_for, row_places, spar
 PARTS_BYTES = 1 << 31
 
 
-@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["offsets", "stops"])
 def _backward(
-    q, k, v, out, grad, lse, dq, parts, sums, keys, bits, offsets, first, rows, origin, begin, blocks, shift, scale,
+    q, k, v, out, grad, lse, dq, parts, sums, keys, bits, offsets, stops, first, rows, origin, begin, blocks, shift, scale,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, DENSE: tl.constexpr, ATOMIC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +42,7 @@ def _backward(
     member = tl.arange(0, BLOCK_Q * PACK) // PACK
     row = row0 + member
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    start, stop = tl.load(offsets + block), tl.load(offsets + block + 1)
+    start, stop = tl.load(offsets + block), tl.load(stops + block)
     acc = tl.zeros([BLOCK_Q * PACK, BLOCK_D], tl.float32)
     for entry in range(start, stop, BLOCK_N):
         if DENSE:
@@ -94,8 +95,8 @@ def _backward_slice(
     parts = torch.empty(0 if atomic else stop - shift, kv_heads * 2 * dim, dtype=k.dtype, device=k.device)
     host = lists.blocks
     _backward[((b - a) * kv_heads,)](
-        q, k, v, out, grad, lse, grads[0], parts, grads[1], lists.keys, lists.bits, lists.offsets[a:], host.first, host.rows, host.origin,
-        lists.begin + a, b - a, shift, scale,
+        q, k, v, out, grad, lse, grads[0], parts, grads[1], lists.keys, lists.bits, lists.offsets[a:], lists.stops[a:], host.first, host.rows,
+        host.origin, lists.begin + a, b - a, shift, scale,
         HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_Q=host.size, BLOCK_N=shape[0], DENSE=lists.bits is None, ATOMIC=atomic, UPCAST=q.device.type == "cpu",
         num_warps=shape[1], num_stages=shape[2], enable_fp_fusion=True,
@@ -140,10 +141,11 @@ class _SparseAttention(torch.autograd.Function):
         out, lse = sparse_prefill(q, k, v, cu_seqlens, selection, scale, wanted)
         sets = () if selection is None else (selection.indices, selection.counts)
         whole = all_kept(kept) or []  # none: they are made again in the backward
-        parts = [x for lists in whole for x in (lists.keys, lists.offsets, lists.bits)]
+        parts = [x for lists in whole for x in (lists.keys, lists.offsets, lists.stops, lists.bits)]
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, *sets, *parts)
         ctx.scale, ctx.num_sets = scale, len(sets)
-        ctx.pieces = [(lists.blocks, lists.begin, lists.end, lists.ends) for lists in whole]
+        ctx.pieces = [(lists.blocks, lists.begin, lists.end, lists.ends, lists.shared) for lists in whole]
+        ctx.bounds = on_host(cu_seqlens)  # a checkpointed layer gives back another tensor, of unknown values
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -154,12 +156,13 @@ class _SparseAttention(torch.autograd.Function):
             return None, None, None, None, None, None
         q, k, v, out, lse, cu_seqlens, *rest = ctx.saved_tensors
         selection = Selection(rest[0], rest[1]) if ctx.num_sets else None
-        parts = rest[ctx.num_sets :]
+        fours = zip(*(iter(rest[ctx.num_sets :]),) * 4, strict=True)
         kept = [
-            Lists(blocks, begin, end, parts[3 * i], parts[3 * i + 1], parts[3 * i + 2], ends)
-            for i, (blocks, begin, end, ends) in enumerate(ctx.pieces)
+            Lists(blocks, begin, end, keys, offsets, stops, bits, ends, shared)
+            for (blocks, begin, end, ends, shared), (keys, offsets, stops, bits) in zip(ctx.pieces, fours, strict=True)
         ]
-        grads = sparse_backward(grad, q, k, v, out, lse, cu_seqlens, selection, ctx.scale, kept=kept or None)
+        bounds = known(cu_seqlens, ctx.bounds)
+        grads = sparse_backward(grad, q, k, v, out, lse, bounds, selection, ctx.scale, kept=kept or None)
         return *grads, None, None, None
 
 

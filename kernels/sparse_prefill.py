@@ -46,9 +46,9 @@ def tile_mask(
     return chosen
 
 
-@triton.jit(do_not_specialize=["begin", "blocks"])
+@triton.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["stops"])
 def _forward(
-    q, k, v, out, lse, keys, bits, offsets, first, rows, origin, shift, begin, blocks, scale_log2,
+    q, k, v, out, lse, keys, bits, offsets, stops, first, rows, origin, shift, begin, blocks, scale_log2,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, DENSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _forward(
     move = tl.load(shift + begin + block)
     row = row0 + move + member
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    start, stop = tl.load(offsets + block), tl.load(offsets + block + 1)
+    start, stop = tl.load(offsets + block), tl.load(stops + block)
     top = tl.full([BLOCK_Q * PACK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q * PACK], tl.float32)
     acc = tl.zeros([BLOCK_Q * PACK, BLOCK_D], tl.float32)
@@ -154,8 +154,8 @@ def forward_piece(
     blocks = lists.end - lists.begin
     host = lists.blocks
     _forward[(blocks * kv_heads,)](
-        q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, host.first, host.rows, host.origin, host.shift, lists.begin, blocks,
-        scale * LOG2E,
+        q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, lists.stops, host.first, host.rows, host.origin, host.shift, lists.begin,
+        blocks, scale * LOG2E,
         HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_Q=host.size, BLOCK_N=plan[1], DENSE=lists.bits is None, UPCAST=q.device.type == "cpu",
         num_warps=plan[2], num_stages=plan[3], enable_fp_fusion=True,
@@ -167,7 +167,8 @@ def sparse_prefill(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [T, H, D], k and v [T, Hkv, D] packed -> out [T, H, D] in q's dtype, lse fp32 [T, H] (natural; -inf and out 0 on an empty set).
 
-    kept: filled with the lists for the backward while they are small beside q. Positions outside [0, t] of a set and repeated ones change nothing. Bits depend on a block's queries, not on other sequences.
+    kept: filled with the lists for the backward while they are small beside q, or no larger where they were not waited for. Positions outside [0, t] of a set and
+    repeated ones change nothing. Bits depend on a block's queries, not on other sequences.
     """
     check_shapes(q, k, v)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -177,5 +178,5 @@ def sparse_prefill(
     for lists in key_lists(query_blocks(cu_seqlens, plan[0]), selection):
         forward_piece(q, k, v, out, lse, lists, scale, plan)
         if kept is not None:
-            keep_small(kept, lists, q.nbytes // 4)
+            keep_small(kept, lists, q.nbytes // 4 if lists.shared is None else q.nbytes)
     return out, lse

@@ -259,8 +259,5 @@ def _kl_chunk(
 def kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
     scale: float,
-) -> tuple[Tensor, int]:  # fmt: skip
-    total, rows = _IndexerKL.apply(
-        q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale
-    )
-    return total, int(rows)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _IndexerKL.apply(q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale)

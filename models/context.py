@@ -14,12 +14,14 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from winnow.kernels import ops
+from winnow.kernels.packing import known
 from winnow.kernels.selection import Selection
 
 MODES = ("train", "prefill", "decode")
@@ -50,11 +52,11 @@ class LayerInputs:
 class IndexerLoss:
     """Accumulates KL(attention || indexer) per layer over one forward pass. A recomputed layer is not counted twice.
 
-    kl: layer -> summed KL, an fp32 scalar with gradient; rows: rows counted, the same in every layer.
+    kl: layer -> summed KL, an fp32 scalar with gradient; rows: rows counted, int64 scalar, the same in every layer.
     """
 
     kl: dict[int, Tensor] = field(default_factory=dict)
-    rows: int = 0
+    rows: Tensor | None = None
 
     def observe(self, inputs: LayerInputs, projected: tuple[Tensor, Tensor, Tensor] | None) -> None:
         """Score one layer; `projected` holds the indexer's q, k, w when the selection has computed them already."""
@@ -73,10 +75,13 @@ class IndexerLoss:
 
     def total(self) -> Tensor:
         """Mean KL over layers and rows, carrying gradient."""
-        return self.sum() / max(1, self.rows * len(self.kl))
+        total = self.sum()
+        assert self.rows is not None
+        return total / (self.rows * len(self.kl)).clamp(min=1)
 
     def per_layer(self) -> dict[int, float]:
-        return {layer: float(kl.detach()) / max(1, self.rows) for layer, kl in sorted(self.kl.items())}
+        rows = 0 if self.rows is None else int(self.rows)
+        return {layer: float(kl.detach()) / max(1, rows) for layer, kl in sorted(self.kl.items())}
 
 
 @dataclass
@@ -103,8 +108,8 @@ class ForwardContext:
     experts (models/routing.py).
 
     max_seq_len (a bound is enough) and fresh (no earlier context) are read off the tensors where they are not given, which waits for a
-    GPU. A CUDA graph must not wait: with faults int32 [1] on the device a bad score sets it to 1 instead of raising, and scratch, filled
-    by the operations, serves all layers. fused: `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a
+    GPU. A CUDA graph must not wait, and a training step should not wait in every layer: with faults int32 [1] on the device a bad score
+    sets it to 1 instead of raising, and scratch, filled by the operations, serves all layers of a decode. fused: `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a
     second CUDA stream, on which it chooses sets while the layer's queries, keys and values are made.
     """
 
@@ -159,6 +164,12 @@ class ForwardContext:
                 "by models.forward.hidden_states, or open forward_context around this pass and its backward"
             )
 
+    def check_faults(self) -> None:
+        """ValueError where a score was NaN. Waits for the device, once a pass."""
+        if self.faults is not None and int(self.faults):
+            self.faults.zero_()
+            raise ValueError("top-k: a score is NaN; the indexer's inputs or weights are not finite")
+
     @property
     def scores(self) -> bool:
         """Whether sets are chosen by the indexers' scores."""
@@ -167,11 +178,20 @@ class ForwardContext:
 
 def train_context(lengths: list[int], device: torch.device | str = "cpu", **options: Any) -> ForwardContext:
     """The train context of packed sequences of these lengths."""
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    ends = [0, *accumulate(lengths)]
+    bounds = known(torch.tensor(ends, dtype=torch.int32).to(device), ends)
     positions = (
         torch.cat([torch.arange(n) for n in lengths]).to(device) if lengths else torch.empty(0, dtype=torch.int64)
     )
-    return ForwardContext(mode="train", positions=positions, cu_seqlens=bounds, seq_lens=bounds.diff(), **options)
+    return ForwardContext(
+        mode="train", positions=positions, cu_seqlens=bounds, seq_lens=known(bounds.diff(), lengths), fresh=True,
+        max_seq_len=max(lengths, default=0), faults=faults_of(bounds), **options,
+    )  # fmt: skip
+
+
+def faults_of(tensor: Tensor) -> Tensor | None:
+    """Where a pass on the tensor's GPU notes bad scores, for `hidden_states` to look at once; None on a CPU, which need not wait."""
+    return torch.zeros(1, dtype=torch.int32, device=tensor.device) if tensor.is_cuda else None
 
 
 _open: dict[int, tuple[ForwardContext, ...]] = {}  # by thread: what it has open, the innermost last

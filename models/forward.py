@@ -27,6 +27,8 @@ def hidden_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
     # layer notes in it (KL, sets) would be lost.
     passed = {} if open_context() is ctx else {"winnow": ctx}
     output = decoder(input_ids=input_ids[None], position_ids=ctx.positions[None], use_cache=False, **passed)
+    if ctx.mode == "train":
+        ctx.check_faults()
     return output.last_hidden_state[0]
 
 

@@ -99,7 +99,7 @@ class Layer:
         ctx, top_k = self.ctx, self.top_k
         q, k, w = self.scored()
         if ctx.mode == "train" or (ctx.mode == "prefill" and ctx.fresh):
-            return ops.select_packed(q, k, w, ctx.cu_seqlens, ctx.positions, top_k, ctx.selector)
+            return ops.select_packed(q, k, w, ctx.cu_seqlens, ctx.positions, top_k, ctx.selector, ctx.faults)
         pages = ctx.cache.index[self.index] if ctx.scores else None
         if ctx.mode == "decode":
             waiting = (ctx.scratch, ctx.faults)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from winnow.kernels import ops
 from winnow.kernels.packing import known
 from winnow.kernels.selection import Selection
-from winnow.models.context import ForwardContext, IndexerLoss, current_context, forward_context
+from winnow.models.context import ForwardContext, IndexerLoss, current_context, faults_of, forward_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.batching import MicroBatch
 from winnow.rollout import records
@@ -52,11 +52,15 @@ def scored(
     """
     device = next(model.parameters()).device
     bounds = known(torch.as_tensor(micro.cu_seqlens, device=device), micro.cu_seqlens.tolist())
+    lengths = np.diff(micro.cu_seqlens).tolist()
     context = ForwardContext(
         mode="train",
         positions=torch.as_tensor(micro.positions, device=device),
         cu_seqlens=bounds,
-        seq_lens=known(bounds.diff(), np.diff(micro.cu_seqlens).tolist()),
+        seq_lens=known(bounds.diff(), lengths),
+        max_seq_len=max(lengths, default=0),
+        fresh=True,
+        faults=faults_of(bounds),
         selector=selector,
         selection_in=replay,
         selection_out={} if record else None,

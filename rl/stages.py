@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.kernels import ops
+from winnow.kernels.packing import known, on_host
 from winnow.models.attach import base_parameters, freeze, indexer_config, indexer_parameters, unfreeze
 from winnow.models.context import IndexerLoss, LayerInputs, train_context
 from winnow.models.forward import hidden_states
@@ -36,7 +37,7 @@ RECALL_POINTS = 4  # of a stage's recall curve, beside the one before its first 
 
 @dataclass
 class LayerwiseWarmup(IndexerLoss):
-    """Trains each indexer on its layers' inputs as they pass. `losses[layer]`: the mean KL of the first pass over each batch.
+    """Trains each indexer on its layers' inputs as they pass. `losses[layer]`: the mean KL of the first pass over each batch, scalars.
 
     last[leader]: the last layer that an indexer serves; its steps are taken there, on the mean KL of all of them. Without an entry an
     indexer serves its own layer only.
@@ -47,7 +48,7 @@ class LayerwiseWarmup(IndexerLoss):
     micro_tokens: int = 768
     max_grad_norm: float = 1.0
     last: dict[int, int] = field(default_factory=dict)
-    losses: dict[int, list[float]] = field(default_factory=dict)
+    losses: dict[int, list[Tensor]] = field(default_factory=dict)
     optimizers: dict[int, torch.optim.Optimizer] = field(default_factory=dict)
     factor: float = 1.0  # of the learning rate, set by the schedule
     waiting: dict[int, list[LayerInputs]] = field(default_factory=dict)
@@ -69,24 +70,27 @@ class LayerwiseWarmup(IndexerLoss):
         optimizer = self.optimizer(first.leader, first.indexer)
         for group in optimizer.param_groups:
             group["lr"] = self.lr * self.factor
-        totals, rows = [0.0] * len(seen), 0
+        totals, rows = torch.zeros(len(seen), device=first.q.device), 0
         with torch.enable_grad():
             for turn in range(self.passes):
-                for a, b, bounds in _micro_bounds(first.cu_seqlens.tolist(), self.micro_tokens):
+                for a, b, bounds in _micro_bounds(on_host(first.cu_seqlens), self.micro_tokens):
                     q, k, w = first.indexer(*(tensor[a:b] for tensor in first.inputs))
-                    cu = torch.tensor(bounds, dtype=torch.int32, device=q.device)
-                    pairs = [ops.indexer_kl(q, k, w, x.q[a:b], x.k[a:b], x.lse[a:b], cu, None, x.scale) for x in seen]
-                    count = pairs[0][1]
+                    cu = known(torch.tensor(bounds, dtype=torch.int32).to(q.device), bounds)
+                    kl = torch.stack(
+                        [ops.indexer_kl(q, k, w, x.q[a:b], x.k[a:b], x.lse[a:b], cu, None, x.scale)[0] for x in seen]
+                    )
                     optimizer.zero_grad(set_to_none=True)
-                    (torch.stack([kl for kl, _ in pairs]).mean() / max(1, count)).backward()
+                    (kl.mean() / (b - a)).backward()  # no set is empty: every row counts
                     torch.nn.utils.clip_grad_norm_(first.indexer.parameters(), self.max_grad_norm)
                     optimizer.step()
                     if turn == 0:
-                        totals = [total + float(kl.detach()) for total, (kl, _) in zip(totals, pairs, strict=True)]
-                        rows += count
+                        totals += kl.detach()
+                        rows += b - a
         optimizer.zero_grad(set_to_none=True)
         for x, total in zip(seen, totals, strict=True):
-            self.losses.setdefault(x.layer, []).append(total / max(1, rows))
+            self.losses.setdefault(x.layer, []).append(
+                total / max(1, rows)
+            )  # on the device: nobody waits in every layer
 
 
 def _micro_bounds(bounds: list[int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -131,7 +135,7 @@ def warm_up(
         ctx = train_context(batch.lengths, device, selector="dense", indexer_loss=watch)
         with torch.no_grad():
             hidden_states(model, batch.tokens.to(device), ctx)
-        curves["kl_layers"] = [watch.losses[layer][-1] for layer in sorted(watch.losses)]
+        curves["kl_layers"] = torch.stack([watch.losses[layer][-1] for layer in sorted(watch.losses)]).tolist()
         curves["kl"].append(sum(curves["kl_layers"]) / len(curves["kl_layers"]))
         return f"warm-up {number + 1}/{total}  kl {curves['kl'][-1]:.4f}  {time.monotonic() - begin:.1f} s"
 
@@ -241,13 +245,19 @@ class MasterAdamW:
         torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr * factor
-        for p, master in self.masters.items():
-            master.grad = None if p.grad is None else p.grad.float()
-        self.adamw.step()
+        moved = [(p, p.grad, master) for p, master in self.masters.items() if p.grad is not None]
         with torch.no_grad():
-            for p, master in self.masters.items():
-                p.copy_(master)
-                master.grad = None
+            for _, _, master in moved:
+                master.grad = torch.empty_like(master)
+            if moved:  # in a few launches, not one a tensor
+                torch._foreach_copy_(
+                    [m.grad for _, _, m in moved if m.grad is not None], [grad for _, grad, _ in moved]
+                )
+            self.adamw.step()
+            if moved:
+                torch._foreach_copy_([p for p, _, _ in moved], [master for _, _, master in moved])
+        for _, _, master in moved:
+            master.grad = None
         for p in self.parameters:
             p.grad = None
 

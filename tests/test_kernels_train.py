@@ -20,7 +20,7 @@ from winnow.kernels.mla_backward import mla_attention, mla_backward  # noqa: E40
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
 from winnow.kernels.mla_prefill import EXACT, absolute, gqa_prefill_exact, mla_exact, mla_prefill  # noqa: E402
 from winnow.kernels.segments import add_rows  # noqa: E402
-from winnow.kernels.selection import Selection  # noqa: E402
+from winnow.kernels.selection import Selection, window_selection  # noqa: E402
 from winnow.kernels.sparse_backward import sparse_attention, sparse_backward  # noqa: E402
 from winnow.kernels.sparse_prefill import plan_for, sparse_prefill  # noqa: E402
 from winnow.kernels.torch_attention import paged_context_attention  # noqa: E402
@@ -177,8 +177,8 @@ def test_pieces_and_slices_change_nothing_but_memory():
     for block in range(len(blocks)):
         rows = range(8 * block, min(length, 8 * block + 8))
         union = sorted({i for r in rows for i in sets.indices[r].tolist() if i >= 0})
-        listed = whole.keys[whole.ends[block] : whole.ends[block + 1]].tolist()
-        assert [i for i in listed if i >= 0] == union
+        mine = whole.keys[whole.ends[block] : whole.ends[block + 1]].tolist()
+        assert [i for i in mine if i >= 0] == union
     q, k, v, grad = (randn(length, 2, 16, seed=s).to(DEV, DTYPE) for s in range(4))
     out, lse = sparse_prefill(q, k, v, cu, sets, 0.3)
     one, many = (sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3, parts_bytes=n) for n in (1 << 30, 1 << 12))
@@ -194,6 +194,66 @@ def test_pieces_and_slices_change_nothing_but_memory():
     for i, lists in enumerate(kept):
         keep_small(late, lists, 0 if i == 0 else 1 << 20)  # the first was too large: none is kept
     assert all_kept(late) is None
+
+
+def listed(lists) -> list[list[int]]:
+    """The keys of each block, and each query's bits of them."""
+    found = []
+    for block, (start, stop) in enumerate(zip(lists.ends, lists.stops.tolist(), strict=False)):
+        rows = lists.keys[start:stop].tolist()
+        found.append([rows, lists.bits[start // 32 : stop // 32].tolist()])
+        assert all(key < 0 for key in lists.keys[stop : lists.ends[block + 1]].tolist())
+    return found
+
+
+def test_lists_with_room_are_lists_end_to_end(monkeypatch):
+    """What is not waited for has the room of the longest lists; both ways hold the same keys and give the same bits everywhere."""
+    lengths = (150, 3, 90)
+    cu, tokens = device(bounds(lengths)), sum(lengths)
+    sets = device(window_selection(torch.cat([torch.arange(n) for n in lengths]), 40))  # neighbours share all but one
+    q, k, v, grad = (randn(tokens, h, 16, seed=s).to(DEV, DTYPE) for s, h in enumerate((4, 2, 2, 4)))
+    index = [
+        randn(tokens, 3, 16, seed=5).to(DEV, DTYPE),
+        randn(tokens, 16, seed=6).to(DEV, DTYPE),
+        randn(tokens, 3, seed=7).to(DEV),
+    ]
+    index[2] = index[2].to(index[0].dtype)
+
+    def run():
+        lists = list(key_lists(query_blocks(cu, 8), sets, bitmap_bytes=1 << 9))
+        assert len(lists) > 2
+        kept: list = []
+        out, lse = sparse_prefill(q, k, v, cu, sets, 0.3, kept)
+        grads = sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(grads, sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3, kept=kept), strict=True)
+        )
+        total, rows, by_index = kl_and_gradients(*index, q, k, lse, cu, sets, 0.3)
+        return [x for piece in lists for x in listed(piece)], lists, (out, lse, *grads, rows, *by_index), float(total)
+
+    wanted, roomy, results, total = run()
+    monkeypatch.setattr("winnow.kernels.key_lists.ROOMY", 0)
+    found, packed, others, other = run()
+    assert all(x.shared is not None for x in roomy) and all(x.shared is None for x in packed)
+    assert sum(x.ends[-1] for x in packed) < sum(x.ends[-1] for x in roomy)  # there was room to be wrong in
+    assert found == wanted
+    assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+    assert total == pytest.approx(other, rel=1e-12)  # tiles are added in another grouping
+
+
+def test_the_layout_of_blocks_is_made_once(monkeypatch):
+    cu, sets = device(bounds((90,))), device(random_sets((90,), 6))
+    blocks = query_blocks(cu, 8)
+    a, b = (next(iter(key_lists(blocks, sets))) for _ in range(2))
+    assert a.offsets is b.offsets and a.owners(1, 4, 64) is b.owners(1, 4, 64)
+    assert a.owners(1, 4, 64).tolist() == [0] * (a.ends[2] // 64 - a.ends[1] // 64) + [1] * (
+        a.ends[3] // 64 - a.ends[2] // 64
+    ) + [2] * (a.ends[4] // 64 - a.ends[3] // 64)
+    other = next(iter(key_lists(blocks, device(random_sets((90,), 9)))))
+    assert other.ends != a.ends and other.offsets is not a.offsets  # another k, another room
+    dense = [next(iter(key_lists(blocks, None))) for _ in range(2)]
+    assert dense[0] is dense[1]
 
 
 def test_add_rows_is_a_sum_by_key():

@@ -25,7 +25,7 @@ def list_kernels(sm):
         bitmap=I32, first=I32, rows=I32, union=I32, counts=I32, begin="i32", first_row="i32", words="i32"
     ), {"SIZE": 32, "BLOCK_W": 128}, 4, 2  # fmt: skip
     yield "fill", key_lists._fill, dict(
-        bitmap=I32, union=I32, first=I32, rows=I32, origin=I32, offsets=I32, keys=I32, bits=I32, begin="i32", first_row="i32", words="i32"
+        bitmap=I32, union=I32, first=I32, rows=I32, origin=I32, offsets=I32, stops=I32, keys=I32, bits=I32, begin="i32", first_row="i32", words="i32"
     ), {"SIZE": 32, "BLOCK_W": 32, "UNIT": 64}, 4, 2  # fmt: skip
     yield "sum_rows", segments._sum_rows, dict(parts=BF16, order="*i64", bounds=I32, out=FP32), {
         "WIDTH": 2048, "BLOCK_C": 512, "ROWS": 4, "ADD": True}, 2, 1  # fmt: skip
@@ -41,7 +41,16 @@ def attention_kernels(sm):
             HKV=8, GROUP=group, PACK=4 if group > 1 else 1, D=dim, BLOCK_D=256 if dim == 192 else dim, BLOCK_Q=plan[0], DENSE=dense, UPCAST=False
         )  # fmt: skip
         lists = dict(
-            offsets=I32, first=I32, rows=I32, origin=I32, shift=I32, begin="i32", blocks="i32", keys=I32, bits=I32
+            offsets=I32,
+            stops=I32,
+            first=I32,
+            rows=I32,
+            origin=I32,
+            shift=I32,
+            begin="i32",
+            blocks="i32",
+            keys=I32,
+            bits=I32,
         )
         tensors = dict(q=BF16, k=BF16, v=BF16, out=BF16, lse=FP32)
         name = f"D {dim} group {group} dense {dense}"
@@ -90,7 +99,7 @@ def kl_kernels(sm):
     for dense in (True, False) if both else (False,):
         size, pack, block_n, warps, stages = indexer_kl.kl_plan(sm, dense, 4)
         types = dict(
-            q=BF16, k=BF16, w=FP32, keys=I32, bits=I32, offsets=I32, owner=I32, first=I32, rows=I32, scores=FP32, slope=BF16, parts=BF16,
+            q=BF16, k=BF16, w=FP32, keys=I32, bits=I32, offsets=I32, stops=I32, owner=I32, first=I32, rows=I32, scores=FP32, slope=BF16, parts=BF16,
             norm=FP32, dq=FP32, dw=FP32, attn_q=BF16, attn_k=BF16, lse=FP32, loss=FP32, begin="i32", shift="i32", blocks="i32", scale="fp32",
         )  # fmt: skip
         shape = dict(

@@ -470,7 +470,12 @@ def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page, sho
         broken[11] = float("nan")
         with pytest.raises(ValueError, match="NaN"):
             gpu_ops.select_packed(many_q, keys, many_w, bounds, fresh, 5)
+        faults = ints([0])
+        gpu_ops.select_packed(many_q, keys, many_w, bounds, fresh, 5, faults)  # noted, and nobody waits
+        assert faults.tolist() == [1]
         broken[11] = sound
+        gpu_ops.select_packed(many_q, keys, many_w, bounds, fresh, 5, faults)
+        assert faults.tolist() == [1]  # of a layer before: a sound one does not take it back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if GPU else [torch.float32])

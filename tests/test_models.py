@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from winnow.kernels.packing import on_host
 from winnow.kernels.selection import Selection
 from winnow.models import attach as A
 from winnow.models import load as L
@@ -330,6 +331,25 @@ def test_a_batch_in_the_context_of_another_is_refused(length):
         pytest.raises(ValueError, match=f"{length} tokens in a forward context of 8"),
     ):
         model.get_decoder()(input_ids=tokens(length)[None], position_ids=torch.arange(length)[None], use_cache=False)
+
+
+def test_a_bad_score_that_a_layer_noted_ends_the_pass():
+    """What a GPU's layers write down instead of waiting."""
+    model = sparse_model(top_k=4)
+    ctx = train_context([10])
+    object.__setattr__(ctx, "faults", torch.ones(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="NaN"):
+        hidden_states(model, torch.arange(10), ctx)
+    hidden_states(model, torch.arange(10), ctx)  # said once
+
+
+def test_a_train_context_knows_its_lengths():
+    """Layers ask for bounds and lengths: on a GPU each question that the tensors have to answer waits for the device."""
+    ctx = train_context([3, 5])
+    assert on_host(ctx.cu_seqlens) == ctx.cu_seqlens.tolist() == [0, 3, 8]
+    assert on_host(ctx.seq_lens) == ctx.seq_lens.tolist() == [3, 5]
+    assert hasattr(ctx.cu_seqlens, "_winnow_values") and hasattr(ctx.seq_lens, "_winnow_values")
+    assert (ctx.max_seq_len, ctx.fresh, ctx.positions.tolist()) == (5, True, [0, 1, 2, 0, 1, 2, 3, 4])
 
 
 def test_contexts_are_checked():
