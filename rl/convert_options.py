@@ -48,6 +48,7 @@ class ConvertOptions:
     needle_steps: int = 0  # steps that teach the dense model to find needles, before anything else
     needle_tokens: int = 4096  # of one of them
     needle_lr: float = 1e-4
+    needle_chat: float = 0.0  # of the texts of those steps: asked as a user does, in the model's chat template
     needle_share: float = 0.0  # of the training sequences: texts with needles and questions after them
     needles: int = 8  # in one text of the report
     needle_texts: int = 4  # of each length
@@ -93,8 +94,9 @@ class ConvertOptions:
                 raise ValueError(f"convert.{name} is {getattr(self, name)!r}, but it must be one of {allowed}")
         if not 1 <= self.index_share <= REACH:
             raise ValueError(f"convert.index_share is {self.index_share}, but one indexer serves 1 to {REACH} layers")
-        if not 0 <= self.needle_share < 1:
-            raise ValueError(f"convert.needle_share is {self.needle_share}, but it must be at least 0 and below 1")
+        for name in ("needle_share", "needle_chat"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be at least 0 and below 1")
         _ = self.indexer  # its own checks: before any data are read or sampled
         if self.seq_len <= self.top_k:
             raise ValueError(

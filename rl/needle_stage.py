@@ -2,7 +2,8 @@
 
 A model that cannot find needles with dense attention shows nothing about what sparse attention loses. Texts of many lengths with facts and
 questions (`needles.py`); the loss is the language loss of the whole text plus that of the answers alone, each a mean, so that the
-answers count and the language is kept.
+answers count and the language is kept. A share of them, `needle_chat`, asks as a user does, in the model's chat template
+(`needle_tasks.py`): without it a model that finds every fact says none of them when it is asked in a conversation.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import Tensor
 from winnow.models.attach import base_parameters, unfreeze
 from winnow.rl.convert_data import Packed, pack
 from winnow.rl.convert_options import ConvertOptions
+from winnow.rl.needle_tasks import NeedleTasks, answered
 from winnow.rl.needles import PLACES, Haystack, make_haystack, room_needed
 from winnow.rl.retention import token_losses
 from winnow.rl.stages import MasterAdamW, checkpointed, schedule
+from winnow.rollout.template import ChatTemplate
 
 SHORTEST = 8  # texts are 1/8, 1/4, 1/2 and the whole of seq_len long
 
@@ -69,8 +72,11 @@ def needle_batch(
                 f"convert.needle_steps: a needle takes {each} tokens, too many for texts of seq_len={options.seq_len}; set a larger one"
             )
         length = rng.choice(fitting)
-        count = max(1, min(len(PLACES), rng.randint(4, 4 + length // (4 * each)), length // (2 * each)))
-        stacks.append(make_haystack(tokenizer, text, length, count, rng))
+        if options.needle_chat and rng.random() < options.needle_chat:
+            stacks.append(chat_haystack(tokenizer, text, length, each, rng))
+        else:
+            count = max(1, min(len(PLACES), rng.randint(4, 4 + length // (4 * each)), length // (2 * each)))
+            stacks.append(make_haystack(tokenizer, text, length, count, rng))
         missing -= length
     batch = pack([stack.tokens for stack in stacks])
     answers = torch.zeros(len(batch.tokens), dtype=torch.bool)
@@ -80,3 +86,12 @@ def needle_batch(
             answers[start + a : start + b] = True
         start += len(stack.tokens)
     return batch, answers
+
+
+def chat_haystack(tokenizer: Any, text: Sequence[int], length: int, each: int, rng: random.Random) -> Haystack:
+    """A conversation of about `length` tokens that asks for one to three facts of a text; its answer is the whole reply."""
+    asked = min(rng.randint(1, 3), max(1, length // (6 * each)))
+    facts = max(asked, min(len(PLACES), rng.randint(4, 4 + length // (4 * each)), length // (2 * each)))
+    options = NeedleTasks(tokens=length - (asked + 1) * each, facts=facts, asked=asked)
+    tokens, reply = answered(ChatTemplate(tokenizer), text, options, rng)
+    return Haystack(tokens, [reply], [])

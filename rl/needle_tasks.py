@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from winnow.rl.needles import PLACES, fact
+from winnow.rollout.template import ChatTemplate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,37 +48,54 @@ def write_tasks(tokenizer: Any, text: str, options: NeedleTasks, count: int, pat
 
 def rows(tokenizer: Any, text: str, options: NeedleTasks) -> Iterator[dict[str, Any]]:
     """Rows without end, each with another piece of the text, other facts and other places for them."""
-    from winnow.rollout.template import ChatTemplate
-
     template = ChatTemplate(tokenizer)
     hay = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     rng = random.Random(options.seed)
+    while True:
+        prompt, wanted, length = draw_task(template, hay, options, rng)
+        yield {"prompt": prompt, "answer": " ".join(number for _, number in wanted), "tokens": length}
+
+
+def draw_task(
+    template: ChatTemplate, hay: Sequence[int], options: NeedleTasks, rng: random.Random
+) -> tuple[str, list[tuple[str, str]], int]:
+    """(prompt, the facts it asks for in order, its tokens with the template's)."""
 
     def length(prompt: str) -> int:
         return len(template.prompt_ids([{"role": "user", "content": prompt}]))
 
-    while True:
-        facts = [(place, f"{rng.randrange(1000, 10000)}") for place in rng.sample(PLACES, options.facts)]
-        wanted = rng.sample(facts, options.asked)
-        places = [rng.random() for _ in facts]
-        begin = rng.randrange(len(hay))
-        least = length(assembled(tokenizer, [], facts, places, wanted))
-        room = options.tokens - least
-        if room < 0:
-            raise ValueError(
-                f"needle tasks: {options.facts} facts and the question take {least} tokens, more than the prompt's {options.tokens}: fewer facts "
-                "or longer prompts"
-            )
-        while True:  # joined pieces are tokenized anew: a few tokens more or less
-            prompt = assembled(tokenizer, piece(hay, begin, room), facts, places, wanted)
-            over = length(prompt) - options.tokens
-            if over <= 0:
-                break
-            room = max(0, room - over)
-        yield {"prompt": prompt, "answer": " ".join(number for _, number in wanted), "tokens": options.tokens + over}
+    tokenizer = template.tokenizer
+    facts = [(place, f"{rng.randrange(1000, 10000)}") for place in rng.sample(PLACES, options.facts)]
+    wanted = rng.sample(facts, options.asked)
+    places = [rng.random() for _ in facts]
+    begin = rng.randrange(len(hay))
+    least = length(assembled(tokenizer, [], facts, places, wanted))
+    room = options.tokens - least
+    if room < 0:
+        raise ValueError(
+            f"needle tasks: {options.facts} facts and the question take {least} tokens, more than the prompt's {options.tokens}: fewer facts "
+            "or longer prompts"
+        )
+    while True:  # joined pieces are tokenized anew: a few tokens more or less
+        prompt = assembled(tokenizer, piece(hay, begin, room), facts, places, wanted)
+        total = length(prompt)
+        if total <= options.tokens:
+            return prompt, wanted, total
+        room = max(0, room - (total - options.tokens))
 
 
-def piece(hay: list[int], begin: int, count: int) -> list[int]:
+def answered(
+    template: ChatTemplate, hay: Sequence[int], options: NeedleTasks, rng: random.Random
+) -> tuple[list[int], tuple[int, int]]:
+    """A task with the reply that it asks for, as tokens, and where in them the reply is, its end mark included."""
+    prompt, wanted, _ = draw_task(template, hay, options, rng)
+    tokens = template.prompt_ids([{"role": "user", "content": prompt}])
+    reply = " ".join(fact(place, number) for place, number in wanted)
+    ids = list(template.tokenizer(reply, add_special_tokens=False)["input_ids"])
+    return [*tokens, *ids, min(template.end_ids)], (len(tokens), len(tokens) + len(ids) + 1)
+
+
+def piece(hay: Sequence[int], begin: int, count: int) -> list[int]:
     """`count` tokens from `begin` on, around the end where the text is too short."""
     return [hay[(begin + i) % len(hay)] for i in range(count)]
 
