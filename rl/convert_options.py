@@ -42,6 +42,9 @@ class ConvertOptions:
     sparse_teacher: str = (
         "text"  # what the model learns in the sparse stage: the "text", or what the "dense" model says to it
     )
+    sparse_average: float = (
+        0.0  # decay a step of the mean of the weights that the stage ends with; 0 ends with the last step's
+    )
     coupled: bool = False  # ablation: the KL's gradient reaches the model too, against DSA's recipe
     checkpointing: bool = False  # recompute activations in the sparse stage's backward
     holdout_tokens: int = 1536
@@ -94,7 +97,7 @@ class ConvertOptions:
                 raise ValueError(f"convert.{name} is {getattr(self, name)!r}, but it must be one of {allowed}")
         if not 1 <= self.index_share <= REACH:
             raise ValueError(f"convert.index_share is {self.index_share}, but one indexer serves 1 to {REACH} layers")
-        for name in ("needle_share", "needle_chat"):
+        for name in ("needle_share", "needle_chat", "sparse_average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be at least 0 and below 1")
         _ = self.indexer  # its own checks: before any data are read or sampled

@@ -96,6 +96,8 @@ def conversion_memory(model: Any, options: ConvertOptions) -> dict[str, dict[str
             "weights": weights, "AdamW": numbers * 8 + masters,
             "step": max(activations + own, _bytes(trained) + masters + fused),
         }  # fmt: skip
+        if options.sparse_average:
+            stages["sparse"]["mean"] = numbers * 4
         if options.sparse_teacher == "dense":  # a copy, and a chunk's logits of both in fp32 with their gradient
             stages["sparse"]["teacher"] = weights + 6 * 4 * CHUNK * lm_head_weight(model).shape[0]
     return stages

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,7 +159,8 @@ def sparse_stage(
     """Top-k on. Two optimizers and two learning rates: the KL over S_t moves the indexers, the language loss the model.
 
     options.sparse_teacher "dense": in place of the language loss, the model's KL to itself as it was before the stage, attending to all.
-    options.coupled lets the KL's gradient into the model as well: the ablation. Returns curves: kl, loss, recall.
+    options.sparse_average > 0: what is left is the mean of the steps' weights, not the last one's. options.coupled lets the KL's gradient
+    into the model as well: the ablation. Returns curves: kl, loss, recall.
     """
     teacher = Teacher(model) if options.sparse_teacher == "dense" else None
     indexers, base = indexer_parameters(model), base_parameters(model)
@@ -169,6 +170,7 @@ def sparse_stage(
     if options.sparse_model_lr > 0:
         unfreeze(base)
         groups.append(MasterAdamW(base, options.sparse_model_lr))
+    average = Averaged(groups, options.sparse_average) if options.sparse_average else None
     curves: dict[str, list[Any]] = {"kl": [], "loss": [], "recall": []}
     total = options.sparse_steps
 
@@ -184,6 +186,8 @@ def sparse_stage(
         (loss + kl).backward()  # the sum is safe: no parameter has a gradient from both
         for group in groups:
             group.step(schedule(number, total), options.max_grad_norm)
+        if average is not None:
+            average.update()
         curves["kl"].append(float(kl.detach()))
         curves["loss"].append(float(loss.detach()))
         return (
@@ -192,8 +196,11 @@ def sparse_stage(
         )
 
     with checkpointed(model, options.checkpointing):
-        holds = _Holds({**indexers, **base}, groups, curves)
+        held: list[Any] = [*groups, *([average] if average is not None else [])]
+        holds = _Holds({**indexers, **base}, held, curves)
         run_steps("sparse", total, step, holds, stream, partial, progress)
+    if average is not None and total:
+        average.take()
     _measure(curves, probe, total, total)
     return curves
 
@@ -269,6 +276,39 @@ class MasterAdamW:
         with torch.no_grad():
             for master, saved in zip(self.masters.values(), state["masters"], strict=True):
                 master.copy_(saved)
+
+
+class Averaged:
+    """The running mean of what optimizers step, in fp32: Polyak and Juditsky 1992, as an exponential mean.
+
+    Near the end of a stage whose loss is nearly zero Adam's steps are noise of full size, and a model that walks at random forgets
+    (docs/experiments.md). decay: of one step; young means follow faster, (n + 1) / (n + 10) after n steps.
+    """
+
+    def __init__(self, groups: Sequence[MasterAdamW], decay: float) -> None:
+        self.parameters = [p for group in groups for p in group.parameters]
+        self.stepped = [group.masters.get(p, p) for group in groups for p in group.parameters]
+        self.decay, self.steps = decay, 0
+        self.means = [p.detach().clone() for p in self.stepped]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After each step."""
+        self.steps += 1
+        torch._foreach_lerp_(self.means, self.stepped, 1 - min(self.decay, self.steps / (self.steps + 9)))
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """The model becomes the mean."""
+        torch._foreach_copy_(self.parameters, self.means)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "means": self.means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        with torch.no_grad():
+            torch._foreach_copy_(self.means, [mean.to(self.means[0].device) for mean in state["means"]])
 
 
 class checkpointed:

@@ -76,9 +76,10 @@ def test_an_interrupted_conversion_goes_on_to_the_same_weights(uninterrupted, tm
     assert a["warmup"] == b["warmup"] and a["sparse"] == b["sparse"] and a["retention"] == b["retention"]
 
 
-def test_a_conversion_that_goes_on_has_the_teacher_it_began_with(uninterrupted, tmp_path):
-    """The teacher is the model before the sparse stage, not the half-trained student that was left."""
-    options = dataclasses.replace(OPTIONS, sparse_teacher="dense", sparse_model_lr=1e-2)
+@pytest.mark.parametrize("average", [0.0, 0.8])
+def test_a_conversion_that_goes_on_has_the_teacher_it_began_with(uninterrupted, tmp_path, average):
+    """The teacher is the model before the sparse stage, not the half-trained student that was left; the mean holds all steps."""
+    options = dataclasses.replace(OPTIONS, sparse_teacher="dense", sparse_model_lr=1e-2, sparse_average=average)
     convert(uninterrupted / "dense", tmp_path / "whole", options, documents(), lambda line: None)
 
     def stop(line):
