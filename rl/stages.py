@@ -286,7 +286,7 @@ class Averaged:
     """
 
     def __init__(self, groups: Sequence[MasterAdamW], decay: float) -> None:
-        self.parameters = [p for group in groups for p in group.parameters]
+        self.parameters: list[Tensor] = [p for group in groups for p in group.parameters]
         self.stepped = [group.masters.get(p, p) for group in groups for p in group.parameters]
         self.decay, self.steps = decay, 0
         self.means = [p.detach().clone() for p in self.stepped]
