@@ -97,7 +97,9 @@ class ConvertOptions:
                 raise ValueError(f"convert.{name} is {getattr(self, name)!r}, but it must be one of {allowed}")
         if not 1 <= self.index_share <= REACH:
             raise ValueError(f"convert.index_share is {self.index_share}, but one indexer serves 1 to {REACH} layers")
-        for name in ("needle_share", "needle_chat", "sparse_average"):
+        if not 0 <= self.sparse_average <= 1:
+            raise ValueError(f"convert.sparse_average is {self.sparse_average}, but it must be from 0 to 1")
+        for name in ("needle_share", "needle_chat"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be at least 0 and below 1")
         _ = self.indexer  # its own checks: before any data are read or sampled

@@ -159,7 +159,7 @@ def sparse_stage(
     """Top-k on. Two optimizers and two learning rates: the KL over S_t moves the indexers, the language loss the model.
 
     options.sparse_teacher "dense": in place of the language loss, the model's KL to itself as it was before the stage, attending to all.
-    options.sparse_average > 0: what is left is the mean of the steps' weights, not the last one's. options.coupled lets the KL's gradient
+    options.sparse_average: the share of the steps, the last ones, whose mean weights are left instead of the last one's. options.coupled lets the KL's gradient
     into the model as well: the ablation. Returns curves: kl, loss, recall.
     """
     teacher = Teacher(model) if options.sparse_teacher == "dense" else None
@@ -170,9 +170,10 @@ def sparse_stage(
     if options.sparse_model_lr > 0:
         unfreeze(base)
         groups.append(MasterAdamW(base, options.sparse_model_lr))
-    average = Averaged(groups, options.sparse_average) if options.sparse_average else None
     curves: dict[str, list[Any]] = {"kl": [], "loss": [], "recall": []}
     total = options.sparse_steps
+    last = round(options.sparse_average * total)
+    average = Averaged(groups, total - last) if last else None
 
     def step(number: int) -> str:
         begin = time.monotonic()
@@ -187,7 +188,7 @@ def sparse_stage(
         for group in groups:
             group.step(schedule(number, total), options.max_grad_norm)
         if average is not None:
-            average.update()
+            average.update(number)
         curves["kl"].append(float(kl.detach()))
         curves["loss"].append(float(loss.detach()))
         return (
@@ -199,7 +200,7 @@ def sparse_stage(
         held: list[Any] = [*groups, *([average] if average is not None else [])]
         holds = _Holds({**indexers, **base}, held, curves)
         run_steps("sparse", total, step, holds, stream, partial, progress)
-    if average is not None and total:
+    if average is not None:
         average.take()
     _measure(curves, probe, total, total)
     return curves
@@ -279,23 +280,24 @@ class MasterAdamW:
 
 
 class Averaged:
-    """The running mean of what optimizers step, in fp32: Polyak and Juditsky 1992, as an exponential mean.
+    """The mean of the weights that optimizers leave from one step on, in fp32 (suffix averaging: Rakhlin et al. 2012).
 
     Near the end of a stage whose loss is nearly zero Adam's steps are noise of full size, and a model that walks at random forgets
-    (docs/experiments.md). decay: of one step; young means follow faster, (n + 1) / (n + 10) after n steps.
+    (docs/experiments.md). first: the number of the first step that counts.
     """
 
-    def __init__(self, groups: Sequence[MasterAdamW], decay: float) -> None:
+    def __init__(self, groups: Sequence[MasterAdamW], first: int) -> None:
         self.parameters: list[Tensor] = [p for group in groups for p in group.parameters]
         self.stepped = [group.masters.get(p, p) for group in groups for p in group.parameters]
-        self.decay, self.steps = decay, 0
+        self.first, self.counted = first, 0
         self.means = [p.detach().clone() for p in self.stepped]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, number: int) -> None:
         """After each step."""
-        self.steps += 1
-        torch._foreach_lerp_(self.means, self.stepped, 1 - min(self.decay, self.steps / (self.steps + 9)))
+        if number >= self.first:
+            self.counted += 1
+            torch._foreach_lerp_(self.means, self.stepped, 1 / self.counted)
 
     @torch.no_grad()
     def take(self) -> None:
@@ -303,10 +305,10 @@ class Averaged:
         torch._foreach_copy_(self.parameters, self.means)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "means": self.means}
+        return {"counted": self.counted, "means": self.means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
+        self.counted = state["counted"]
         with torch.no_grad():
             torch._foreach_copy_(self.means, [mean.to(self.means[0].device) for mean in state["means"]])
 
