@@ -19,7 +19,7 @@ from torch import Tensor
 from winnow.models.attach import base_parameters, unfreeze
 from winnow.rl.convert_data import Packed, pack
 from winnow.rl.convert_options import ConvertOptions
-from winnow.rl.needle_tasks import NeedleTasks, answered
+from winnow.rl.needle_tasks import NeedleTasks, answered, frame
 from winnow.rl.needles import PLACES, Haystack, make_haystack, room_needed
 from winnow.rl.retention import token_losses
 from winnow.rl.stages import MasterAdamW, checkpointed, schedule
@@ -72,11 +72,13 @@ def needle_batch(
                 f"convert.needle_steps: a needle takes {each} tokens, too many for texts of seq_len={options.seq_len}; set a larger one"
             )
         length = rng.choice(fitting)
+        stack = None
         if options.needle_chat and rng.random() < options.needle_chat:
-            stacks.append(chat_haystack(tokenizer, text, length, each, rng))
-        else:
+            stack = chat_haystack(ChatTemplate(tokenizer), text, length, each, rng)
+        if stack is None:
             count = max(1, min(len(PLACES), rng.randint(4, 4 + length // (4 * each)), length // (2 * each)))
-            stacks.append(make_haystack(tokenizer, text, length, count, rng))
+            stack = make_haystack(tokenizer, text, length, count, rng)
+        stacks.append(stack)
         missing -= length
     batch = pack([stack.tokens for stack in stacks])
     answers = torch.zeros(len(batch.tokens), dtype=torch.bool)
@@ -88,10 +90,18 @@ def needle_batch(
     return batch, answers
 
 
-def chat_haystack(tokenizer: Any, text: Sequence[int], length: int, each: int, rng: random.Random) -> Haystack:
-    """A conversation of about `length` tokens that asks for one to three facts of a text; its answer is the whole reply."""
-    asked = min(rng.randint(1, 3), max(1, length // (6 * each)))
-    facts = max(asked, min(len(PLACES), rng.randint(4, 4 + length // (4 * each)), length // (2 * each)))
-    options = NeedleTasks(tokens=length - (asked + 1) * each, facts=facts, asked=asked)
-    tokens, reply = answered(ChatTemplate(tokenizer), text, options, rng)
+def chat_haystack(
+    template: ChatTemplate, text: Sequence[int], length: int, each: int, rng: random.Random
+) -> Haystack | None:
+    """A conversation of at most `length` tokens that asks for one to three facts of a text; its answer is the whole reply. None where the
+    question and its template leave no room for a text."""
+    asked = rng.randint(1, 3)
+    room = length - (asked + 1) * each - frame(template, asked)  # behind the reply, the question and the template
+    most = min(len(PLACES), room // (2 * each))
+    if most < asked:
+        return None
+    options = NeedleTasks(
+        tokens=length - (asked + 1) * each, facts=max(asked, min(most, rng.randint(4, 4 + length // (4 * each)))), asked=asked
+    )  # fmt: skip
+    tokens, reply = answered(template, text, options, rng)
     return Haystack(tokens, [reply], [])

@@ -84,6 +84,13 @@ def draw_task(
         room = max(0, room - (total - options.tokens))
 
 
+def frame(template: ChatTemplate, asked: int) -> int:
+    """How many tokens the template and a question for `asked` facts take, about."""
+    wanted = [(place, "0000") for place in PLACES[:asked]]
+    prompt = assembled(template.tokenizer, [], [], [], wanted)
+    return len(template.prompt_ids([{"role": "user", "content": prompt}])) + 4 * asked
+
+
 def answered(
     template: ChatTemplate, hay: Sequence[int], options: NeedleTasks, rng: random.Random
 ) -> tuple[list[int], tuple[int, int]]:

@@ -59,6 +59,41 @@ def test_a_needle_batch_marks_the_answers_and_nothing_else():
         needle_batch(tokenizer, hay, dataclasses.replace(OPTIONS, seq_len=20, top_k=4), each, random.Random(0))
 
 
+def test_a_share_of_the_needles_is_asked_for_in_conversations():
+    """Prompts as the sparse-dense tasks have them; what is learned is the whole reply with its end mark, the facts in the order asked."""
+    tokenizer, hay = words(), [20, 21, 22, 23, 24] * 40
+    tokenizer.chat_template = (
+        "{% for m in messages %}<u>{{ m['content'] }}<u>{% endfor %}{% if add_generation_prompt %}<u>{% endif %}"
+    )
+    each = needles.room_needed(tokenizer, 1)
+    plain = [dataclasses.replace(OPTIONS, needle_chat=share) for share in (0.0, 0.99)]
+    seen = 0
+    for seed in range(6):
+        batch, answers = needle_batch(tokenizer, hay, plain[1], each, random.Random(seed))
+        assert set(batch.lengths) != {16}  # where nothing fits, plain texts
+        begin = 0
+        for length in batch.lengths:
+            text = tokenizer.convert_ids_to_tokens(batch.tokens[begin : begin + length].tolist())
+            marked = answers[begin : begin + length].tolist()
+            begin += length
+            runs = [i for i in range(1, length) if marked[i] and not marked[i - 1]]
+            if text[runs[0]] != "The":
+                continue  # a plain one
+            assert len(runs) == 1 and marked[-1] and text[-1] == "<u>" and length <= 128
+            reply, prompt = text[runs[0] : -1], text[: runs[0]]
+            assert len(reply) % 11 == 0
+            for i in range(0, len(reply), 11):  # The secret number of X is d d d d .
+                fact = reply[i : i + 11]
+                assert fact[:4] == ["The", "secret", "number", "of"] and any(
+                    prompt[j : j + 11] == fact for j in range(len(prompt) - 10)
+                )
+            seen += 1
+    assert seen > 4
+    without = [needle_batch(tokenizer, hay, plain[0], each, random.Random(s))[0].tokens.tolist() for s in range(3)]
+    again = [needle_batch(tokenizer, hay, OPTIONS, each, random.Random(s))[0].tokens.tolist() for s in range(3)]
+    assert without == again
+
+
 def test_teaching_lowers_the_loss_of_the_answers():
     tokenizer = words()
     model = tiny_model(vocab=len(tokenizer))
