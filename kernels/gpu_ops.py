@@ -7,6 +7,7 @@ selection.py, and prefill and decode give equal bits for equal inputs, so that a
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -213,15 +214,33 @@ def select_prefill(
     return select_rows(q, cache, w, bounds, block_table, contexts, positions, top_k)
 
 
+@lru_cache(maxsize=16)
+def _own_pages(bounds: tuple[int, ...], width: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed sequences of these bounds, each a page of `width` rows: of every token its slot int64 and its sequence, and how many positions
+    it sees; a table of one page a sequence. int32 but for the slots. Every layer asks for the same."""
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    with torch.inference_mode(False):  # or a later call could not save them for its backward
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        place = torch.arange(bounds[-1]) - torch.tensor(bounds)[owner]
+        tables = torch.arange(len(lengths), dtype=torch.int32)[:, None].to(device)
+        return (owner * width + place).to(device), owner.int().to(device), (place.int() + 1).to(device), tables
+
+
 def select_short(
-    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int, faults: Tensor | None = None
-) -> Selection:  # fmt: skip
+    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int
+) -> Selection:
     """As `select_rows`, for any number of short contexts at the price of one."""
+    owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(q)).to(torch.int32)
+    return _select_short(q, cache, w, tables, owner, positions.to(torch.int32) + 1, top_k, None)
+
+
+def _select_short(
+    q: Tensor, cache: Tensor, w: Tensor, tables: Tensor, owner: Tensor, ends: Tensor, top_k: int, faults: Tensor | None
+) -> Selection:
     from winnow.kernels.select_short import select_short as kernel
 
-    owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(q)).to(torch.int32)
     bad = torch.zeros(1, dtype=torch.int32, device=q.device) if faults is None else faults
-    indices, counts = kernel(q, cache, w.float(), tables, owner, positions.to(torch.int32) + 1, top_k, bad)
+    indices, counts = kernel(q, cache, w.float(), tables, owner, ends, top_k, bad)
     if faults is None:
         _raise_if(bad)
     return Selection(indices, counts)
@@ -237,11 +256,9 @@ def select_packed(
     longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
     if longest <= LONGEST and k.dtype == q.dtype:
         width = 1 << (max(longest, 64) - 1).bit_length()
-        pages = k.new_zeros(len(bounds) - 1, width, dim)
-        owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(k))
-        pages[owner, positions] = k
-        tables = torch.arange(len(pages), dtype=torch.int32, device=k.device)[:, None]
-        return select_short(q, pages, w, cu_seqlens, tables, positions, top_k, faults)
+        slots, owner, ends, tables = _own_pages(tuple(bounds), width, str(k.device))
+        pages = k.new_zeros((len(bounds) - 1) * width, dim).index_copy_(0, slots, k).view(-1, width, dim)
+        return _select_short(q, pages, w, tables, owner, ends, top_k, faults)
     bad = torch.zeros(1, dtype=torch.int32, device=q.device) if faults is None else faults
     rows = _Rows(q, w.float(), positions, top_k, bad)
     table = torch.zeros(1, dtype=torch.int32, device=q.device)
