@@ -1,6 +1,7 @@
 """The training kernels against reference.py in float64, outputs and gradients: compiled on a GPU, under Triton's interpreter elsewhere."""
 
 import os
+import sys
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 triton = pytest.importorskip("triton")
 
-from winnow.kernels import gpu_ops  # noqa: E402
+from winnow.kernels import gpu_ops, gpu_train  # noqa: E402
 from winnow.kernels import reference as ref  # noqa: E402
 from winnow.kernels.gqa_decode import gqa_decode  # noqa: E402
 from winnow.kernels.indexer_kl import indexer_kl, kl_and_gradients  # noqa: E402
@@ -19,6 +20,7 @@ from winnow.kernels.logprobs import token_logprobs  # noqa: E402
 from winnow.kernels.mla_backward import mla_attention, mla_backward  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
 from winnow.kernels.mla_prefill import EXACT, absolute, gqa_prefill_exact, mla_exact, mla_prefill  # noqa: E402
+from winnow.kernels.packing import known  # noqa: E402
 from winnow.kernels.segments import add_rows  # noqa: E402
 from winnow.kernels.selection import Selection, window_selection  # noqa: E402
 from winnow.kernels.sparse_backward import sparse_attention, sparse_backward  # noqa: E402
@@ -242,7 +244,68 @@ def test_lists_with_room_are_lists_end_to_end(monkeypatch):
     assert total == pytest.approx(other, rel=1e-12)  # tiles are added in another grouping
 
 
-def test_the_layout_of_blocks_is_made_once(monkeypatch):
+def asked(monkeypatch) -> list[str]:
+    """Fills up with what this project's files ask a tensor to say on the host, which waits where it lies on a GPU."""
+    questions: list[str] = []
+
+    def listen(name, real):
+        def heard(self, *args, **kwargs):
+            caller = sys._getframe(1)
+            if (
+                any(f"/{room}/" in caller.f_code.co_filename for room in ("kernels", "models"))
+                and "triton" not in caller.f_code.co_filename
+            ):
+                questions.append(f"{name} in {caller.f_code.co_name}")
+            return real(self, *args, **kwargs)
+
+        return heard
+
+    for name in ("tolist", "item", "__int__", "__bool__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, listen(name, getattr(torch.Tensor, name)))
+    return questions
+
+
+@pytest.mark.parametrize("longest", [0, 1024])
+def test_a_training_layer_asks_the_device_nothing(longest, monkeypatch):
+    """Selection, attention and KL of a batch whose shape has been seen, forward and backward: a wait in every layer is what made steps of
+    a small model twice as long."""
+    monkeypatch.setattr("winnow.kernels.select_short.LONGEST", longest)
+    lengths, k = (70, 9, 40), 8
+    tokens = sum(lengths)
+    cu = known(device(bounds(lengths)), bounds(lengths).tolist())
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(DEV)
+    faults = torch.zeros(1, dtype=torch.int32, device=DEV)
+    heads = [randn(tokens, h, 16, seed=s).to(DEV, DTYPE).requires_grad_() for s, h in enumerate((4, 2, 2))]
+    index = [
+        randn(*shape, seed=9).to(DEV, DTYPE).requires_grad_() for shape in ((tokens, 3, 16), (tokens, 16), (tokens, 3))
+    ]
+
+    def layer():
+        sets = gpu_ops.select_packed(*(x.detach() for x in index), cu, positions, k, faults)
+        out, lse = gpu_train.sparse_attention(*heads, cu, sets, 0.3)
+        kl, rows = gpu_train.indexer_kl(*index, heads[0].detach(), heads[1].detach(), lse, cu, sets, 0.3)
+        (out.sum() + kl / rows).backward()
+
+    layer()
+    questions = asked(monkeypatch)
+    if GPU:  # torch's own ear
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        if GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    assert questions == []
+    gpu_ops.select_packed(*(x.detach() for x in index), cu, positions, k)  # without faults it has to look
+    assert len(questions) == 1
+    questions.clear()
+    gpu_train.sparse_attention(
+        *heads, device(bounds(lengths)), window_selection(positions, k), 0.3
+    )  # bounds that nobody noted
+    assert questions and set(questions) == {"tolist in on_host"}
+
+
+def test_the_layout_of_blocks_is_made_once():
     cu, sets = device(bounds((90,))), device(random_sets((90,), 6))
     blocks = query_blocks(cu, 8)
     a, b = (next(iter(key_lists(blocks, sets))) for _ in range(2))
