@@ -109,8 +109,9 @@ class ForwardContext:
 
     max_seq_len (a bound is enough) and fresh (no earlier context) are read off the tensors where they are not given, which waits for a
     GPU. A CUDA graph must not wait, and a training step should not wait in every layer: with faults int32 [1] on the device a bad score
-    sets it to 1 instead of raising, and scratch, filled by the operations, serves all layers of a decode. fused: `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a
-    second CUDA stream, on which it chooses sets while the layer's queries, keys and values are made.
+    sets it to 1 instead of raising, and scratch, filled by the operations, serves all layers of a decode. fused:
+    `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a second CUDA stream, on which it chooses sets
+    while the layer's queries, keys and values are made.
     """
 
     mode: str

@@ -42,9 +42,7 @@ class ConvertOptions:
     sparse_teacher: str = (
         "text"  # what the model learns in the sparse stage: the "text", or what the "dense" model says to it
     )
-    sparse_average: float = (
-        0.0  # decay a step of the mean of the weights that the stage ends with; 0 ends with the last step's
-    )
+    sparse_average: float = 0.0  # share of the steps, the last ones, whose mean weights are left; 0: the last step's
     coupled: bool = False  # ablation: the KL's gradient reaches the model too, against DSA's recipe
     checkpointing: bool = False  # recompute activations in the sparse stage's backward
     holdout_tokens: int = 1536
@@ -102,6 +100,11 @@ class ConvertOptions:
         for name in ("needle_share", "needle_chat"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be at least 0 and below 1")
+        if self.needle_chat and not self.needle_steps:
+            raise ValueError(
+                f"convert.needle_chat is {self.needle_chat}, a share of the texts of needle_steps, and there are none: set needle_steps, or "
+                "needle_chat to 0"
+            )
         _ = self.indexer  # its own checks: before any data are read or sampled
         if self.seq_len <= self.top_k:
             raise ValueError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from winnow.models.attach import base_parameters, unfreeze
 from winnow.rl.convert_data import Packed, pack
 from winnow.rl.convert_options import ConvertOptions
-from winnow.rl.needle_tasks import NeedleTasks, answered, frame
+from winnow.rl.needle_tasks import NeedleTasks, answered, question_tokens
 from winnow.rl.needles import PLACES, Haystack, make_haystack, room_needed
 from winnow.rl.retention import token_losses
 from winnow.rl.stages import MasterAdamW, checkpointed, schedule
@@ -63,6 +63,7 @@ def needle_batch(
 ) -> tuple[Packed, Tensor]:
     """About needle_tokens tokens of texts of several lengths, and bool [T]: which tokens are answers. each: room of one needle."""
     stacks: list[Haystack] = []
+    template = ChatTemplate(tokenizer) if options.needle_chat else None
     missing = options.needle_tokens
     while missing > 0 or not stacks:
         lengths = [n for n in (options.seq_len >> i for i in range(SHORTEST.bit_length())) if n >= 4 * each]
@@ -73,8 +74,8 @@ def needle_batch(
             )
         length = rng.choice(fitting)
         stack = None
-        if options.needle_chat and rng.random() < options.needle_chat:
-            stack = chat_haystack(ChatTemplate(tokenizer), text, length, each, rng)
+        if template is not None and rng.random() < options.needle_chat:
+            stack = chat_haystack(template, text, length, each, rng)
         if stack is None:
             count = max(1, min(len(PLACES), rng.randint(4, 4 + length // (4 * each)), length // (2 * each)))
             stack = make_haystack(tokenizer, text, length, count, rng)
@@ -96,7 +97,9 @@ def chat_haystack(
     """A conversation of at most `length` tokens that asks for one to three facts of a text; its answer is the whole reply. None where the
     question and its template leave no room for a text."""
     asked = rng.randint(1, 3)
-    room = length - (asked + 1) * each - frame(template, asked)  # behind the reply, the question and the template
+    room = (
+        length - (asked + 1) * each - question_tokens(template, asked)
+    )  # behind the reply, the question and the template
     most = min(len(PLACES), room // (2 * each))
     if most < asked:
         return None

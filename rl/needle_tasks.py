@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.rl.needles import PLACES, fact
+from winnow.rollout.schema import Message
 from winnow.rollout.template import ChatTemplate
 
 
@@ -84,7 +85,7 @@ def draw_task(
         room = max(0, room - (total - options.tokens))
 
 
-def frame(template: ChatTemplate, asked: int) -> int:
+def question_tokens(template: ChatTemplate, asked: int) -> int:
     """How many tokens the template and a question for `asked` facts take, about."""
     wanted = [(place, "0000") for place in PLACES[:asked]]
     prompt = assembled(template.tokenizer, [], [], [], wanted)
@@ -96,10 +97,10 @@ def answered(
 ) -> tuple[list[int], tuple[int, int]]:
     """A task with the reply that it asks for, as tokens, and where in them the reply is, its end mark included."""
     prompt, wanted, _ = draw_task(template, hay, options, rng)
-    tokens = template.prompt_ids([{"role": "user", "content": prompt}])
-    reply = " ".join(fact(place, number) for place, number in wanted)
-    ids = list(template.tokenizer(reply, add_special_tokens=False)["input_ids"])
-    return [*tokens, *ids, min(template.end_ids)], (len(tokens), len(tokens) + len(ids) + 1)
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    tokens = template.prompt_ids(messages)
+    reply = template.reply_ids(messages, " ".join(fact(place, number) for place, number in wanted))
+    return [*tokens, *reply], (len(tokens), len(tokens) + len(reply))
 
 
 def piece(hay: Sequence[int], begin: int, count: int) -> list[int]:

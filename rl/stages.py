@@ -80,7 +80,7 @@ class LayerwiseWarmup(IndexerLoss):
                         [ops.indexer_kl(q, k, w, x.q[a:b], x.k[a:b], x.lse[a:b], cu, None, x.scale)[0] for x in seen]
                     )
                     optimizer.zero_grad(set_to_none=True)
-                    (kl.mean() / (b - a)).backward()  # no set is empty: every row counts
+                    (kl.mean() / max(1, b - a)).backward()  # no set is empty: every row counts
                     torch.nn.utils.clip_grad_norm_(first.indexer.parameters(), self.max_grad_norm)
                     optimizer.step()
                     if turn == 0:
@@ -88,9 +88,8 @@ class LayerwiseWarmup(IndexerLoss):
                         rows += b - a
         optimizer.zero_grad(set_to_none=True)
         for x, total in zip(seen, totals, strict=True):
-            self.losses.setdefault(x.layer, []).append(
-                total / max(1, rows)
-            )  # on the device: nobody waits in every layer
+            # On the device: nobody waits in every layer.
+            self.losses.setdefault(x.layer, []).append(total / max(1, rows))
 
 
 def _micro_bounds(bounds: list[int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -159,8 +158,8 @@ def sparse_stage(
     """Top-k on. Two optimizers and two learning rates: the KL over S_t moves the indexers, the language loss the model.
 
     options.sparse_teacher "dense": in place of the language loss, the model's KL to itself as it was before the stage, attending to all.
-    options.sparse_average: the share of the steps, the last ones, whose mean weights are left instead of the last one's. options.coupled lets the KL's gradient
-    into the model as well: the ablation. Returns curves: kl, loss, recall.
+    options.sparse_average: the share of the steps, the last ones, whose mean weights are left instead of the last one's. options.coupled
+    lets the KL's gradient into the model as well: the ablation. Returns curves: kl, loss, recall.
     """
     teacher = Teacher(model) if options.sparse_teacher == "dense" else None
     indexers, base = indexer_parameters(model), base_parameters(model)
@@ -253,18 +252,18 @@ class MasterAdamW:
         torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr * factor
-        moved = [(p, p.grad, master) for p, master in self.masters.items() if p.grad is not None]
+        given = {p: p.grad for p in self.masters if p.grad is not None}
+        moved = [self.masters[p] for p in given]
+        grads = [torch.empty_like(master) for master in moved]
         with torch.no_grad():
-            for _, _, master in moved:
-                master.grad = torch.empty_like(master)
             if moved:  # in a few launches, not one a tensor
-                torch._foreach_copy_(
-                    [m.grad for _, _, m in moved if m.grad is not None], [grad for _, grad, _ in moved]
-                )
+                torch._foreach_copy_(grads, list(given.values()))
+            for master, grad in zip(moved, grads, strict=True):
+                master.grad = grad
             self.adamw.step()
             if moved:
-                torch._foreach_copy_([p for p, _, _ in moved], [master for _, _, master in moved])
-        for _, _, master in moved:
+                torch._foreach_copy_(list(given), moved)
+        for master in moved:
             master.grad = None
         for p in self.parameters:
             p.grad = None

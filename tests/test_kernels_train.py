@@ -244,6 +244,61 @@ def test_lists_with_room_are_lists_end_to_end(monkeypatch):
     assert total == pytest.approx(other, rel=1e-12)  # tiles are added in another grouping
 
 
+def test_room_is_enough_for_sets_that_share_nothing_and_for_none_at_all():
+    """Lists as long as can be (eight queries with eight keys each of their own: exactly one unit), sequences of k - 1, k, k + 1 and no
+    tokens, and a block whose sets are all empty."""
+    k, lengths = 8, (7, 8, 0, 9, 200)
+    cu, tokens = device(bounds(lengths)), sum(lengths)
+    sets = window_selection(torch.cat([torch.arange(n) for n in lengths]), k)
+    long = 24  # the first row of the last sequence
+    for t in range(128, 192):
+        first = (t % 8) * 8  # neighbours in a block of eight share no key
+        sets.indices[long + t] = torch.arange(first, first + 8, dtype=torch.int32)
+    sets.indices[long + 64 : long + 128] = -1  # eight blocks of nothing
+    sets.counts[long + 64 : long + 128] = 0
+    moved = device(sets)
+    lists = next(iter(key_lists(query_blocks(cu, 8), moved)))
+    assert lists.shared is not None
+    widths = [b - a for a, b in pairwise(lists.ends)]
+    full = [stop - start for start, stop in zip(lists.ends, lists.stops.tolist(), strict=False)]
+    assert full[20:28] == widths[20:28] == [64] * 8 and full[12:20] == [0] * 8  # 4 blocks of short sequences come first
+    q, key, v = (randn(tokens, h, 16, seed=s) for s, h in enumerate((4, 2, 2)))
+    wide, narrow = leaves(q, key, v)
+    want, want_lse = ref.sparse_attention(*wide, bounds(lengths), sets, 0.3)
+    got, lse = gpu_train.sparse_attention(*narrow, cu, moved, 0.3)
+    close("out", got, want)
+    grad = randn(tokens, 4, 16, seed=5)
+    want.backward(grad)
+    got.backward(grad.to(DEV, DTYPE))
+    for name, a, b in zip("qkv", narrow, wide, strict=True):
+        close(f"d{name}", a.grad, b.grad)
+    index, ours = leaves(randn(tokens, 3, 16, seed=6), randn(tokens, 16, seed=7), randn(tokens, 3, seed=8) * 0.25)
+    want_kl, want_rows = ref.indexer_kl(*index, q, key, want_lse, bounds(lengths), sets, 0.3)
+    kl, rows = gpu_train.indexer_kl(*ours, q.to(DEV, DTYPE), key.to(DEV, DTYPE), lse, cu, moved, 0.3)
+    assert int(rows) == int(want_rows) == tokens - 64
+    close("kl", kl, want_kl)
+    want_kl.backward()
+    kl.backward()
+    for name, a, b in zip(("q", "k", "w"), ours, index, strict=True):
+        close(f"index d{name}", a.grad, b.grad)
+
+
+@pytest.mark.parametrize("longest", [0, 1024])
+@pytest.mark.parametrize("lengths", [(), (0,), (1,), (4, 5, 6, 0, 1), (6, 6)])
+def test_packed_selection_around_k_with_ties(longest, lengths, monkeypatch):
+    """k - 1, k, k + 1, one token and none; half of the scores are the same zero. Twice: layouts are kept from the first time."""
+    monkeypatch.setattr("winnow.kernels.select_short.LONGEST", longest)
+    tokens, cu = sum(lengths), device(bounds(lengths))
+    positions = torch.cat([torch.arange(0), *(torch.arange(n) for n in lengths)])
+    q, k, w = (randn(tokens, *shape, seed=3).to(DEV, DTYPE) for shape in ((2, 16), (16,), (2,)))
+    w[::2] = 0.0
+    for faults in (None, torch.zeros(1, dtype=torch.int32, device=DEV)):
+        got = gpu_ops.select_packed(q, k, w, cu, positions.to(DEV), 5, faults)
+        want = packed_selection(q, k, w, cu, positions.to(DEV), 5, "indexer")
+        assert torch.equal(got.indices, want.indices) and torch.equal(got.counts, want.counts)
+        assert faults is None or faults.tolist() == [0]
+
+
 def asked(monkeypatch) -> list[str]:
     """Fills up with what this project's files ask a tensor to say on the host, which waits where it lies on a GPU."""
     questions: list[str] = []

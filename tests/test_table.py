@@ -89,6 +89,11 @@ def test_a_share_of_the_needles_is_asked_for_in_conversations():
                 )
             seen += 1
     assert seen > 4
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        needle_batch(tokenizer, hay, plain[1], each, random.Random(0))
+    with pytest.raises(ValueError, match="set needle_steps, or needle_chat to 0"):
+        dataclasses.replace(OPTIONS, needle_chat=0.1, needle_steps=0)
     without = [needle_batch(tokenizer, hay, plain[0], each, random.Random(s))[0].tokens.tolist() for s in range(3)]
     again = [needle_batch(tokenizer, hay, OPTIONS, each, random.Random(s))[0].tokens.tolist() for s in range(3)]
     assert without == again
