@@ -165,11 +165,15 @@ class BroadcastSender:
         self.group.wait(self.group.start(self.sums))
 
 
-def receive(group: Group, buckets: list[Tensor], sums: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Fills the buckets. Checksums as they were sent and as they arrived, int64 [num_buckets, 2] each."""
+def receive(
+    group: Group, buckets: list[Tensor], sums: Callable[[Tensor], Tensor], meanwhile: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """Fills the buckets. Checksums as they were sent and as they arrived, int64 [num_buckets, 2] each. meanwhile: what this process does once
+    the first bucket is under way."""
     sent = torch.zeros(max(len(buckets), 1), 2, dtype=torch.int64, device=group.device)
     arrived = torch.zeros_like(sent)
     works = [group.start(bucket) for bucket in buckets[:1]]
+    meanwhile()
     for number, bucket in enumerate(buckets):
         if number + 1 < len(buckets):  # before the checksum of this one, which it need not wait for
             works.append(group.start(buckets[number + 1]))

@@ -114,9 +114,15 @@ class IpcReceiver:
         self._buffers: list[Tensor] = []
 
     def receive(
-        self, channel: Channel, ticket: Ticket, buckets: list[Tensor], sums: Callable[[Tensor], Tensor]
+        self,
+        channel: Channel,
+        ticket: Ticket,
+        buckets: list[Tensor],
+        sums: Callable[[Tensor], Tensor],
+        meanwhile: Callable[[], None],
     ) -> tuple[Tensor, Tensor]:
-        """Fills the buckets. Checksums as they were sent and as they arrived, int64 [num_buckets, 2] each, on the CPU."""
+        """Fills the buckets. Checksums as they were sent and as they arrived, int64 [num_buckets, 2] each, on the CPU. meanwhile: what this
+        process does while the learner fills the first."""
         session = ticket.session
 
         def hear(key: str) -> Any:
@@ -127,6 +133,7 @@ class IpcReceiver:
             self._buffers = [mapped(handle, buckets[0].device) for handle in handles]
         if not self._buffers:
             raise LinkBroken("the learner believes that its buffers are mapped here, and they are not")
+        meanwhile()
         sent, arrived = [], []
         for number, bucket in enumerate(buckets):
             sent.append(hear(f"filled/{number}"))

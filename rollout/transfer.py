@@ -143,13 +143,17 @@ class Receiver:
         try:
             with self._own_stream(device):
                 layout, stream = self._prepare(channel, ticket, model, device)
-                tensors = layout.tensors(stream)
+                tensors: dict[str, Tensor] = {}
+
+                def meanwhile() -> None:  # hundreds of views: made while the first bucket is on its way
+                    tensors.update(layout.tensors(stream))
+
                 channel.hear(f"{ticket.session}/go", ticket.wait_s + GRACE_S, "the learner", ticket.session)
                 buckets = [stream[layout.span(number)] for number in range(layout.num_buckets)]
                 if ticket.kind == "ipc":
-                    sent, arrived = self._ipc.receive(channel, ticket, buckets, checksum)
+                    sent, arrived = self._ipc.receive(channel, ticket, buckets, checksum, meanwhile)
                 else:
-                    sent, arrived = broadcast.receive(self._membership.of(ticket, device), buckets, checksum)
+                    sent, arrived = broadcast.receive(self._membership.of(ticket, device), buckets, checksum, meanwhile)
                 try:
                     check_sums(layout, sent, arrived)
                 except WeightError:
@@ -185,6 +189,9 @@ class Receiver:
             yield
             return
         self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(
+            torch.cuda.current_stream(device)
+        )  # the model may still read what came last, in the same memory
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()

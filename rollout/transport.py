@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from winnow.rollout.weights import WeightError
+from winnow.rollout.weights import WeightError, copy_all
 
 Result = TypeVar("Result")
 ALIGN = 16  # bytes: a view of any dtype can start at every offset
@@ -153,9 +153,7 @@ def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor
     sources: list[Tensor] = []
 
     def settle() -> None:
-        with torch.no_grad():
-            if places:
-                torch._foreach_copy_(places, sources)
+        copy_all(places, sources)
         places.clear()
         sources.clear()
 
@@ -205,8 +203,9 @@ def checksum(data: Tensor) -> Tensor:
     return torch.stack([(sums * _weights(len(sums), data.device)).sum() for sums in (rows, columns)])
 
 
+@lru_cache(maxsize=16)
 def _weights(count: int, device: torch.device, shift: int = 0) -> Tensor:
-    """`count` odd numbers, well spread over 64 bits."""
+    """`count` odd numbers, well spread over 64 bits. Kept: they are the same for every bucket, and several launches to make."""
     numbers = torch.arange(shift, shift + count, device=device, dtype=torch.int64)
     return (numbers * -0x61C8864680B583EB) ^ (numbers << 17) | 1
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 _Made = TypeVar("_Made")
+_LARGE = 1 << 20  # bytes of a tensor that is worth a launch of its own
 _ALIGN = 16  # bytes: a view of any dtype can start at every offset
 
 
@@ -59,9 +61,15 @@ _PLACES: WeakKeyDictionary[nn.Module, _Places] = WeakKeyDictionary()
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where a model's modules keep what state_dict() says, and how the modules looked then. places None: it makes tensors of its own."""
+    """Where a model's modules keep what state_dict() says, and how the modules looked then. places None: it makes tensors of its own.
+
+    state: what state_of() said last, of the tensors `seen` at the addresses `lying`.
+    """
 
     places: list[tuple[str, dict[str, Any], str]] | None
+    state: dict[str, Tensor]
+    seen: list[Tensor]
+    lying: list[int]
     children: list[tuple[dict[str, Any], tuple[Any, ...]]]
     tensors: list[tuple[dict[str, Any], tuple[str, ...]]]
     empty: list[dict[str, Any]]  # of modules without children, parameters or buffers: most of all there are
@@ -70,8 +78,13 @@ class _Places:
     def of(cls, model: nn.Module) -> _Places:
         modules = list(model.modules())
         held = [kept for module in modules for kept in (module._parameters, module._buffers)]
+        places = _places(model)
+        seen = [held[key] for _, held, key in places or ()]
         return cls(
-            places=_places(model),
+            places=places,
+            state={name: held[key].detach() for name, held, key in places or ()},
+            seen=seen,
+            lying=[tensor.data_ptr() for tensor in seen],
             children=[(module._modules, tuple(module._modules.values())) for module in modules if module._modules],
             tensors=[(kept, _there(kept)) for kept in held if kept],
             empty=[kept for kept in (*held, *(module._modules for module in modules)) if not kept],
@@ -79,11 +92,13 @@ class _Places:
 
     @property
     def hold(self) -> bool:
-        """Whether no module and no tensor has come or gone."""
+        """Whether no module and no tensor has come, gone or moved."""
         return (
             not any(map(len, self.empty))
             and all(tuple(now.values()) == then for now, then in self.children)
             and all(_there(now) == then for now, then in self.tensors)
+            and all(held[key] is then for (_, held, key), then in zip(self.places or (), self.seen, strict=True))
+            and [tensor.data_ptr() for tensor in self.seen] == self.lying
         )
 
 
@@ -93,13 +108,13 @@ def _there(kept: dict[str, Any]) -> tuple[str, ...]:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` in a fraction of its time, which is half of a transfer's on a fast link: the modules are walked once, and again
-    when one has come or gone. Tensors may be replaced."""
+    when one has come or gone, or a tensor is another or lies elsewhere."""
     found = _PLACES.get(model)
     if found is None or not found.hold:
         found = _PLACES[model] = _Places.of(model)
     if found.places is None:
         return model.state_dict()
-    return {name: held[key].detach() for name, held, key in found.places}
+    return dict(found.state)
 
 
 def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]] | None:
@@ -119,7 +134,14 @@ def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]] | None:
 def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without second names: of those in one place the first is kept."""
     first: dict[tuple, str] = {}
-    return {n: t for n, t in tensors.items() if t.numel() == 0 or first.setdefault(_place(t), n) == n}
+    lying = Counter(
+        [t.data_ptr() for t in tensors.values()]
+    )  # asking for the address alone is quick, and few share one
+    return {
+        n: t
+        for n, t in tensors.items()
+        if lying[t.data_ptr()] == 1 or t.numel() == 0 or first.setdefault(_place(t), n) == n
+    }
 
 
 def _place(tensor: Tensor) -> tuple:
@@ -203,7 +225,8 @@ def check_match(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
             f"weights of version {version}: the model has no tensor {unknown[0]!r} ({len(unknown)} unknown in all)"
         )
     missing = [name for name in targets if name not in shapes]
-    covered = {_place(targets[name]) for name in shapes} if missing else set()
+    tied = {targets[name].data_ptr() for name in missing}  # the few that may be covered by another name
+    covered = {_place(targets[name]) for name in shapes if tied and targets[name].data_ptr() in tied}
     if missing := [name for name in missing if _place(targets[name]) not in covered]:
         raise WeightError(
             f"weights of version {version}: no tensor for {missing[0]!r} arrived ({len(missing)} missing in all)"
@@ -220,5 +243,18 @@ def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], version: int) -> 
     """Overwrites every weight of `model` in place. Casts dtypes. WeightError, before anything is written, unless `check_match`."""
     targets = state_of(model)
     check_match(targets, {name: tensor.shape for name, tensor in tensors.items()}, version)
-    with torch.no_grad():  # a few launches on a GPU, not one a tensor
-        torch._foreach_copy_([targets[name] for name in tensors], list(tensors.values()))
+    copy_all([targets[name] for name in tensors], list(tensors.values()))
+
+
+@torch.no_grad()
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Small tensors in a few launches for all of them, large ones one by one: cut into the small parts of a common launch they are slower."""
+    few = []
+    for pair in zip(targets, sources, strict=True):
+        if pair[0].nbytes < _LARGE:
+            few.append(pair)
+        else:
+            pair[0].copy_(pair[1])
+    if few:
+        small, given = zip(*few, strict=True)
+        torch._foreach_copy_(list(small), list(given))
