@@ -112,8 +112,8 @@ def make_batch(
 ) -> TrainBatch:
     """Packs samples into `updates` updates of micro-batches of at most `micro_tokens` inputs (a longer sequence goes alone).
 
-    With more `ranks` the micro-batches are smaller where a rank would otherwise have none. A micro-batch is of one domain, so that the
-    gradient of each can be told.
+    With more `ranks` each has as many micro-batches, of about equal size. A micro-batch is of one domain, so that the gradient of each can
+    be told.
 
     The samples of one group stay in one update. `keep_idle` keeps sequences with zero advantage and zero beta, which only an
     indexer in training learns from. `kept_sets` False scores on the whole vocabulary. Raises ValueError for greedy samples and for
@@ -219,20 +219,51 @@ def trajectory_sequence(trajectory: Trajectory, *, kept_sets: bool = True) -> Pa
 
 
 def pack(sequences: Sequence[PackItem], micro_tokens: int, ranks: int = 1) -> tuple[MicroBatch, ...]:
-    """Micro-batches of at most `micro_tokens` inputs; sequences of like length come together, which keeps attention's padding small."""
-    if ranks > 1:
-        micro_tokens = min(micro_tokens, -(-sum(len(s.tokens) for s in sequences) // ranks))
+    """Micro-batches of at most `micro_tokens` inputs; sequences of like length come together, which keeps attention's padding small.
+
+    With several ranks, as many for each of them and of about equal size: all wait for the slowest in every layer.
+    """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].tokens), i))
-    bins: list[list[PackItem]] = []
+    lengths = [len(sequences[i].tokens) for i in order]
+    bins = _filled(lengths, micro_tokens) if ranks == 1 else _rounds(lengths, micro_tokens, ranks)
+    return tuple(_join([sequences[order[i]] for i in members]) for members in bins)
+
+
+def _filled(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Positions in `lengths`, in their order, one bin full after the other."""
+    bins: list[list[int]] = []
     filled = 0
-    for index in order:
-        sequence = sequences[index]
-        if not bins or filled + len(sequence.tokens) > micro_tokens:
+    for index, length in enumerate(lengths):
+        if not bins or filled + length > micro_tokens:
             bins.append([])
             filled = 0
-        bins[-1].append(sequence)
-        filled += len(sequence.tokens)
-    return tuple(_join(members) for members in bins)
+        bins[-1].append(index)
+        filled += length
+    return bins
+
+
+def _rounds(lengths: Sequence[int], micro_tokens: int, ranks: int) -> list[list[int]]:
+    """Positions in `lengths` (falling) in rounds of `ranks` bins: as few rounds as `micro_tokens` allows, and of those the smallest bins."""
+    rounds = len(_rounds_of(lengths, micro_tokens, ranks))
+    low, high = -(-sum(lengths) // (ranks * max(1, rounds))), micro_tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_rounds_of(lengths, middle, ranks)) <= rounds else (middle + 1, high)
+    return [members for bins in _rounds_of(lengths, high, ranks) for members in bins if members]
+
+
+def _rounds_of(lengths: Sequence[int], most: int, ranks: int) -> list[list[list[int]]]:
+    """Each to the emptiest bin of its round, as long as none holds more than `most`; a longer one goes alone."""
+    made: list[list[list[int]]] = []
+    loads: list[int] = []
+    for index, length in enumerate(lengths):
+        least = loads.index(min(loads)) if loads else 0
+        if not made or (made[-1][least] and loads[least] + length > most):
+            made.append([[] for _ in range(ranks)])
+            loads, least = [0] * ranks, 0
+        made[-1][least].append(index)
+        loads[least] += length
+    return made
 
 
 def _sequence(key: str, domain: str, tokens: np.ndarray, mask: np.ndarray) -> PackItem:

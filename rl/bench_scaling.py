@@ -19,11 +19,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow.rl.bench_step import PAGE, WARM_UP
+from winnow.rl.bench_step import PAGE, WARM_UP, Over
 
 PARTS = ("throughput", "schedule", "curve", "kills")
 # name -> learner ranks, rollout workers, whether they share GPUs
@@ -234,22 +235,26 @@ class Made:
         from winnow.rl.train import train
 
         ends: list[float] = []
+        begin = time.perf_counter()
 
         def ended(text: str) -> None:
             if text.startswith("step "):
                 ends.append(time.perf_counter())
                 self.say(f"{name}: {text}")
+                if len(ends) == config.schedule.steps or ends[-1] - begin > self.seconds:
+                    raise Over
 
-        begin = time.perf_counter()
         row: dict[str, Any] = {
             "row": name, "ranks": config.learner.ranks, "workers": config.rollout.workers,
             "samples": config.prompts_per_step * config.rollout.samples,
         }  # fmt: skip
         try:
-            train(config, progress=ended, seconds=self.seconds)
+            with suppress(Over):
+                train(config, progress=ended, seconds=self.seconds)
         except Exception as error:  # the other runs may work
             return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         rows = read_rows(config)
+        row |= {"first_step_s": round(ends[0] - begin, 1)} if ends else {}
         row |= {"run_s": round(time.perf_counter() - begin, 1)}
         if len(rows) <= WARM_UP and len(rows) < config.schedule.steps:
             return row | {

@@ -83,8 +83,9 @@ def bench_step(
     return figures
 
 
-class _Over(Exception):
-    """The wall time has passed."""
+class Over(Exception):
+    """All that is timed has run: raised by what hears of steps, so that a run ends without the checkpoint that runs end with (of a large
+    model, minutes)."""
 
 
 def ours(bench: StepBench, model: str, scratch: Path, progress: Callable[[str], object]) -> dict[str, Any]:
@@ -97,10 +98,10 @@ def ours(bench: StepBench, model: str, scratch: Path, progress: Callable[[str], 
             ends.append(seconds_alive())
             progress(f"ours: {ends[-1]:.2f} s after the start, {text}")
             if bench.wall and ends[-1] - ends[0] >= bench.wall:
-                raise _Over
+                raise Over
 
     config = step_config(bench, model, scratch)
-    with suppress(_Over):  # without the checkpoint that a run ends with
+    with suppress(Over):
         train(config, progress=ended)
     rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     counted = [row for row in rows if row["step"] > WARM_UP] or rows

@@ -74,7 +74,7 @@ def test_rows_are_medians_of_the_counted_steps_and_ratios_of_rows(
         config.folder.mkdir(parents=True)
         with (config.folder / "metrics.jsonl").open("w") as file:
             for step in range(1, 6):
-                clock[0] += 50.0 if step < 3 else 0.6 if ahead else 1.0
+                clock[0] += 20.0 if step < 3 else 0.6 if ahead else 1.0
                 row = {
                     "step": step, "time/rollout_s": 0.5, "time/reward_s": 0.0, "time/learn_s": 0.4, "time/sync_s": 0.1,
                     "tokens/rollout_per_s": 1.0 if step < 3 else 200.0 if two else 100.0, "tokens/trained": 60.0 if two else 40.0,

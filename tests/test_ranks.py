@@ -16,7 +16,7 @@ from winnow.models import attach
 from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, save
 from winnow.rl.advantages import Sample
-from winnow.rl.batching import make_batch
+from winnow.rl.batching import make_batch, make_sft_batch
 from winnow.rl.config import make_config
 from winnow.rl.learner import Learner, StepRefused
 from winnow.rl.ranks import Ranks, free_address, join_ranks, whole
@@ -214,3 +214,47 @@ def test_micro_batches_are_dealt_evenly_and_every_rank_has_as_many_passes() -> N
         sum((9, 8, 3, 3, 2, 1)[i] for i, _ in Ranks(r, 2).deal([Micro(n) for n in (9, 8, 3, 3, 2, 1)])) for r in (0, 1)
     ]
     assert sorted(loads) == [13, 13]
+
+
+def dealt(lengths: list[int], micro_tokens: int, world: int) -> tuple[list[int], list[int]]:
+    """Inputs that each rank goes through, repeats included, and of each micro-batch."""
+    rng = np.random.default_rng(0)
+    examples = [(rng.integers(1, 9, n + 1), np.ones(n + 1, bool)) for n in lengths]
+    micro = make_sft_batch(examples, step=0, micro_tokens=micro_tokens, ranks=world).updates[0].micro_batches
+    keys = [key for m in micro for key in m.keys]
+    assert len(keys) == len(set(keys)) == len(lengths)  # each once
+    assert all(len(m.tokens) <= micro_tokens or len(m.keys) == 1 for m in micro)
+    loads = [sum(len(micro[i].tokens) for i, _ in Ranks(rank, world).deal(micro)) for rank in range(world)]
+    return loads, [len(m.tokens) for m in micro]
+
+
+def test_ranks_get_equal_shares_of_a_batch() -> None:
+    """Each rank waits for the slowest: of 256 samples of 356 tokens one rank had 59 thousand, which one alone goes through 65 thousand in."""
+    loads, _ = dealt([356] * 256, 32768, 2)
+    assert loads == [356 * 128] * 2
+    loads, sizes = dealt([356] * 256, 16384, 4)
+    assert loads == [356 * 64] * 4 and len(sizes) == 8
+    rng = np.random.default_rng(1)
+    for world in (2, 3, 4):
+        for micro_tokens in (512, 2048, 16384):
+            lengths = rng.integers(20, 500, 200).tolist()
+            loads, sizes = dealt(lengths, micro_tokens, world)
+            assert max(loads) <= 1.05 * sum(lengths) / world
+            assert len(sizes) % world == 0  # nobody goes through one twice
+            # As few passes as there can be, but for what whole sequences leave over.
+            assert len(sizes) <= world * (
+                1 + -(-sum(lengths) // (world * (micro_tokens - 500 if micro_tokens > 999 else 200)))
+            )
+
+
+def test_shares_of_odd_batches() -> None:
+    assert dealt([40_000, *[100] * 100], 32768, 2) == (
+        [40_000, 10_000],
+        [40_000, 10_000],
+    )  # a longer sequence goes alone
+    assert dealt([7], 32, 4)[1] == [7]  # the other ranks repeat it
+    assert sorted(dealt([9, 8, 3], 32, 2)[0]) == [9, 11]
+    assert sorted(dealt([9, 8, 3], 9, 2)[0]) == [
+        11,
+        12,
+    ]  # 8 and 3 do not fit together: three micro-batches, one repeated
