@@ -50,6 +50,7 @@ from winnow.rl.needles import needle_report
 from winnow.rl.partial import make_key
 from winnow.rl.retention import perplexity, retention_report
 from winnow.rl.stages import dense_control, sparse_stage, warm_up
+from winnow.rl.threads import torch_threads
 
 SHARES = (2, 4)
 
@@ -409,4 +410,5 @@ def convert_table(
     """Runs the table, whole, down to the recipe, or over `varied` options by name; see the module's docstring. Raises ValueError before
     anything is trained."""
     assert max(SHARES) <= share.REACH
-    return Table(model_path, Path(out), options, ks, progress, limit_s, recipe_only, varied).run()
+    with torch_threads(options.threads):
+        return Table(model_path, Path(out), options, ks, progress, limit_s, recipe_only, varied).run()

@@ -27,6 +27,7 @@ from winnow.rewards.demonstrations import noisy_demonstration, pretraining_texts
 from winnow.rewards.language import DIGITS, NAMES, NUM_FACTS, THINGS
 from winnow.rewards.tasks import generate_tasks
 from winnow.rl.rendering import TrainingTemplate
+from winnow.rl.threads import torch_threads
 from winnow.rollout.schema import Message
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -75,9 +76,7 @@ class BaseOptions:
 def make_base(out: str | Path, options: BaseOptions, progress: Callable[[str], object] = print) -> dict[str, Any]:
     """Trains the model and saves it with its tokenizer as a plain Hugging Face folder. Returns its loss curve and size."""
     torch.manual_seed(options.seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         rng = Random(options.seed)
         documents = pretraining_texts(options.documents * options.batch, options.seed, options.kinds, options.level)
         tokenizer = make_tokenizer(documents, options.vocab_size, options.context)
@@ -85,8 +84,6 @@ def make_base(out: str | Path, options: BaseOptions, progress: Callable[[str], o
         template = TrainingTemplate(tokenizer)
         conversations = [template.render(c) for c in (*documents, *make_demonstrations(options, rng))]
         curve = fit(model, lessons(tokenizer, conversations, options, rng), tokenizer.pad_token_id, options, progress)
-    finally:
-        torch.set_num_threads(threads)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {"parameters": sum(p.numel() for p in model.parameters()), "loss": curve, "options": asdict(options)}

@@ -31,6 +31,7 @@ from winnow.rl.needles import needle_report, room_needed
 from winnow.rl.partial import Partial, make_key
 from winnow.rl.retention import perplexity, recall, retention_report
 from winnow.rl.stages import sparse_stage, warm_up
+from winnow.rl.threads import torch_threads
 
 Progress = Callable[[str], object]
 
@@ -44,11 +45,22 @@ def convert(
     `texts` (strings, or token lists kept as they are up to seq_len) replaces options.data. An interrupted conversion goes on when it is
     called again alike. Raises ValueError for a model that cannot be converted or data that cannot be used, before anything is trained.
     """
+    with torch_threads(options.threads):
+        return _convert(model_path, Path(out), options, texts, progress)
+
+
+def _convert(
+    model_path: str | Path,
+    out: Path,
+    options: ConvertOptions,
+    texts: Sequence[str] | Sequence[Sequence[int]] | None,
+    progress: Progress,
+) -> dict[str, Any]:
     begin = time.monotonic()
     torch.manual_seed(options.seed)
     model = load_dense(model_path, options)
     tokenizer = open_tokenizer(model_path, texts)
-    partial = Partial(Path(out), conversion_key(model_path, options, texts))
+    partial = Partial(out, conversion_key(model_path, options, texts))
     train, held = sequences(model, tokenizer, options, texts, progress, partial)
     if options.needle_steps:  # again when a conversion goes on: the same steps
         if tokenizer is None:

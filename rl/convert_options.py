@@ -57,6 +57,7 @@ class ConvertOptions:
     max_grad_norm: float = 1.0
     dtype: str = "float32"
     device: str = "cpu"
+    threads: int = 0  # of torch; 0: as many as it takes by itself
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class ConvertOptions:
             "sparse_indexer_lr",
             "sparse_model_lr",
             "needle_lr",
+            "threads",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be >= 0")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,6 +190,21 @@ def test_options_and_data_are_checked(tmp_path):
         convert(tmp_path / "dense", tmp_path / "out", ConvertOptions(top_k=32), [[1] * 20] * 9)
     with pytest.raises(ValueError, match="no tokenizer"):
         convert(tmp_path / "dense", tmp_path / "out", OPTIONS, ["some text"])
+
+
+def test_a_conversion_keeps_to_its_threads_and_gives_them_back(tmp_path):
+    save(tiny_model(), None, tmp_path / "dense")
+    before, during = torch.get_num_threads(), []
+    options = replace(OPTIONS, threads=before + 1)
+    convert(
+        tmp_path / "dense", tmp_path / "out", options, documents(), lambda line: during.append(torch.get_num_threads())
+    )
+    assert set(during) == {before + 1} and torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="none"):
+        convert(tmp_path / "dense", tmp_path / "again", replace(options, holdout=str(tmp_path / "none")), documents())
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="threads"):
+        replace(OPTIONS, threads=-1)
 
 
 def test_own_samples():
