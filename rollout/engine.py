@@ -227,7 +227,7 @@ class Engine:
         """Overwrites all weights in place; WeightError by name leaves the old ones. What is cached is dropped: live sequences go on
         under the new policy, from a new prefill of their own tokens.
         """
-        copy_into(self.model, dict(tensors), version)
+        copy_into(self.model, tensors if isinstance(tensors, Mapping) else dict(tensors), version)
         self.version = version
         self.scheduler.evict_all()
 

@@ -31,7 +31,7 @@ from winnow.rollout.transport import (
     checksum,
     fill,
 )
-from winnow.rollout.weights import WeightError, check_match, state_of
+from winnow.rollout.weights import Staged, WeightError, check_match, state_of
 
 log = logging.getLogger("winnow.rollout")
 
@@ -143,10 +143,12 @@ class Receiver:
         try:
             with self._own_stream(device):
                 layout, stream = self._prepare(channel, ticket, model, device)
-                tensors: dict[str, Tensor] = {}
+                staged: list[Staged] = []
 
-                def meanwhile() -> None:  # hundreds of views: made while the first bucket is on its way
-                    tensors.update(layout.tensors(stream))
+                def meanwhile() -> (
+                    None
+                ):  # hundreds of views, and where each goes: found while the first bucket is on its way
+                    staged.append(Staged(model, layout.tensors(stream), layout.version))
 
                 channel.hear(f"{ticket.session}/go", ticket.wait_s + GRACE_S, "the learner", ticket.session)
                 buckets = [stream[layout.span(number)] for number in range(layout.num_buckets)]
@@ -165,7 +167,7 @@ class Receiver:
             self._failed(channel, ticket, error)
             raise
         channel.say(f"{ticket.session}/said/{ticket.rank}", "ok")
-        return tensors
+        return staged[0]
 
     def _prepare(
         self, channel: Channel, ticket: Ticket, model: nn.Module, device: torch.device

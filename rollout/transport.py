@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from winnow.rollout.weights import WeightError, copy_all
+from winnow.rollout.weights import WeightError, copies
 
 Result = TypeVar("Result")
 ALIGN = 16  # bytes: a view of any dtype can start at every offset
@@ -153,7 +153,7 @@ def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor
     sources: list[Tensor] = []
 
     def settle() -> None:
-        copy_all(places, sources)
+        copies(places, sources)()
         places.clear()
         sources.clear()
 
@@ -197,10 +197,16 @@ def checksum(data: Tensor) -> Tensor:
     words = data.view(torch.int64)
     whole = words.numel() // _ROW * _ROW
     matrix, rest = words[:whole].view(-1, _ROW), words[whole:]
-    columns = matrix.sum(0)
-    columns[: rest.numel()] += rest * _weights(1, data.device, shift=7)
-    rows = torch.cat([matrix.sum(1), rest.sum().view(1)])
-    return torch.stack([(sums * _weights(len(sums), data.device)).sum() for sums in (rows, columns)])
+    if data.is_cuda:
+        from winnow.kernels.byte_copies import row_and_column_sums
+
+        columns, rows = row_and_column_sums(matrix)
+    else:
+        columns, rows = matrix.sum(0), (matrix.sum(1) * _weights(len(matrix), data.device)).sum().view(1)
+    if rest.numel():
+        columns[: rest.numel()] += rest * _weights(1, data.device, shift=7)
+        rows = rows + rest.sum() * _weights(1, data.device, shift=len(matrix))
+    return torch.cat([rows, (columns * _weights(_ROW, data.device)).sum().view(1)])
 
 
 @lru_cache(maxsize=16)

@@ -137,7 +137,7 @@ class VllmEngine(Engine):
 
     def load_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int) -> None:
         """As `Engine.load_weights`: all weights in place, by name; live sequences go on under the new policy."""
-        copy_into(self.model, dict(tensors), version)
+        copy_into(self.model, tensors if isinstance(tensors, Mapping) else dict(tensors), version)
         self.version = version
         self.scheduler.restart_all()
         if not self._llm.reset_prefix_cache():

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 _Made = TypeVar("_Made")
-_LARGE = 1 << 20  # bytes of a tensor that is worth a launch of its own
 _ALIGN = 16  # bytes: a view of any dtype can start at every offset
 
 
@@ -241,20 +240,38 @@ def check_match(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
 
 def copy_into(model: nn.Module, tensors: Mapping[str, Tensor], version: int) -> None:
     """Overwrites every weight of `model` in place. Casts dtypes. WeightError, before anything is written, unless `check_match`."""
-    targets = state_of(model)
-    check_match(targets, {name: tensor.shape for name, tensor in tensors.items()}, version)
-    copy_all([targets[name] for name in tensors], list(tensors.values()))
+    if not (isinstance(tensors, Staged) and tensors.fit(model)):
+        tensors = Staged(model, tensors, version)
+    tensors.run()
 
 
-@torch.no_grad()
-def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Small tensors in a few launches for all of them, large ones one by one: cut into the small parts of a common launch they are slower."""
-    few = []
-    for pair in zip(targets, sources, strict=True):
-        if pair[0].nbytes < _LARGE:
-            few.append(pair)
-        else:
-            pair[0].copy_(pair[1])
-    if few:
-        small, given = zip(*few, strict=True)
-        torch._foreach_copy_(list(small), list(given))
+class Staged(dict[str, Tensor]):
+    """Tensors by name that are all that a model needs and nothing else (WeightError otherwise, as `check_match`), and all that can be done
+    about copying them before they are there."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], version: int) -> None:
+        super().__init__(tensors)
+        targets = state_of(model)
+        check_match(targets, {name: tensor.shape for name, tensor in tensors.items()}, version)
+        self._targets = [targets[name] for name in tensors]
+        self.run = copies(self._targets, list(tensors.values()))
+
+    def fit(self, model: nn.Module) -> bool:
+        """Whether they were staged for the weights that the model has now."""
+        targets = state_of(model)
+        return all(targets.get(name) is then for name, then in zip(self, self._targets, strict=True))
+
+
+def copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
+    """What copies each source to its target, in a few launches for all, whenever it is called. They must stay where they are."""
+    if targets and targets[0].is_cuda:
+        from winnow.kernels.byte_copies import Copies
+
+        return Copies(targets, sources).run
+
+    @torch.no_grad()
+    def run() -> None:
+        if targets:
+            torch._foreach_copy_(list(targets), list(sources))
+
+    return run

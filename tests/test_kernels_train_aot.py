@@ -16,8 +16,11 @@ I32, BF16, FP32 = "*i32", "*bf16", "*fp32"
 
 
 def list_kernels(sm):
-    from winnow.kernels import key_lists, segments
+    from winnow.kernels import byte_copies, key_lists, segments
 
+    yield "copy", byte_copies._copy, dict(table="*i64", pieces="i32"), {"BLOCK": 2048}, 4, 2
+    yield "sums", byte_copies._sums, dict(words="*i64", columns="*i64", total="*i64", rows="i32", per="i32"), {
+        "WIDTH": byte_copies.COLUMNS, "ROWS": 8}, 4, 2  # fmt: skip
     yield "mark", key_lists._mark, dict(
         indices=I32, row_origin=I32, bitmap=I32, first_row="i32", index_stride="i32", words="i32"
     ), {"K": 2048, "BLOCK": 1024}, 4, 2  # fmt: skip
