@@ -226,6 +226,15 @@ def rows_of(x: Tensor) -> Any:
     return torch_rows
 
 
+def train_rows_of(x: Tensor) -> Any:
+    """`train_rows`, row-wise operations with gradients, where this tensor's device has them; None elsewhere, where torch's will do."""
+    if not x.is_cuda:
+        return None
+    from winnow.kernels import train_rows
+
+    return train_rows
+
+
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, kept: Any | None = None
 ) -> tuple[Tensor, Tensor]:

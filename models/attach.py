@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from winnow.models.attention import NAME, give_indexer_its_input, register
 from winnow.models.indexer import Indexer, IndexerConfig
 from winnow.models.native import check_native, is_native, latent_width, native_indexer_config, open_native
+from winnow.models.training import fuse, separate
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 MARK = ".self_attn.indexer."  # every indexer tensor's name has it, no other tensor's does
@@ -118,12 +119,14 @@ def use_winnow_attention(model: Any) -> None:
     if is_native(model.config):
         open_native(model)
     model.set_attn_implementation(NAME)
+    fuse(model)
 
 
 def strip(model: Any) -> Any:
     """Take the indexers off: what is left is a plain dense transformers model, with sdpa attention."""
     if is_native(model.config):
         raise ValueError(f"a {model.config.model_type} model has no dense form: its indexers belong to the checkpoint")
+    separate(model)
     for layer in _layers(model):
         if hasattr(layer.self_attn, "winnow_served"):
             del layer.self_attn.winnow_served

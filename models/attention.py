@@ -58,14 +58,15 @@ def winnow_attention(
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     layer = Layer(module, ctx, indexer_input)
     if ctx.mode == "train":
-        out = _train(layer, q, k, v, scale)
+        out = attend_packed(layer, q, k, v, scale)
     else:
         out = _cached(layer, q, k, v, scale)
     layer.finish()
     return out[None], None
 
 
-def _train(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_packed(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Train mode: q [T, H, D], k, v [T, Hkv, D] of packed sequences -> [T, H, D], over sets chosen on the way."""
     layer.prepare_loss()
     selection = layer.select()
     out, lse = ops.sparse_attention(q, k, v, layer.ctx.cu_seqlens, selection, scale)

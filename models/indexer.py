@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from winnow.kernels import ops
+
 ROPE_LAYOUTS = ("half", "interleaved")
 
 
@@ -128,30 +130,52 @@ class Indexer(nn.Module):
 
     def keys(self, hidden: Tensor, *rest: Tensor) -> Tensor:
         """hidden [T, C], cos and sin [T, D] -> [T, D_I]."""
-        cos, sin = rest
-        with tensor_cores(hidden.dtype):
-            k = self.k_norm(self.wk(hidden.float()))
-        return rounded(self._rotate(k, cos, sin), hidden)
+        k = self.k_norm(_product(hidden, self.wk))
+        return self._turned(k[:, None], hidden, *rest)[:, 0]
 
     def queries(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [T, C], cos and sin [T, D] -> q [T, H_I, D_I], w [T, H_I]."""
         self.calls += 1
-        cos, sin = rest
-        with tensor_cores(hidden.dtype):
-            wide = hidden.float()
-            q = self.wq(wide).view(-1, self.config.num_heads, self.config.head_dim)
-            w = self.ww(wide) * (self.config.num_heads * self.config.head_dim) ** -0.5
-        return rounded(self._rotate(q, cos, sin), hidden), w
+        q = _product(hidden, self.wq).view(-1, self.config.num_heads, self.config.head_dim)
+        w = _product(hidden, self.ww) * (self.config.num_heads * self.config.head_dim) ** -0.5
+        return self._turned(q, hidden, *rest), w
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's inputs [T, ...], detached by the caller -> q [T, H_I, D_I], k [T, D_I], w [T, H_I]."""
         q, w = self.queries(*inputs)
         return q, self.keys(*inputs), w
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.config.rope_dim == 0:
-            return x
-        cos, sin = rope_angles(cos, sin, self.config.rope_dim)
-        if x.ndim == 3:
-            cos, sin = cos[:, None], sin[:, None]
-        return rotate(x, cos, sin, self.config.rope_layout)
+    def _turned(self, x: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x fp32 [T, heads, D_I] after RoPE, `rounded`."""
+        width, layout = self.config.rope_dim, self.config.rope_layout
+        rows = ops.train_rows_of(x)
+        if width and rows is not None:
+            return rows.turn(x, cos, sin, width, layout, hidden.dtype if hidden.element_size() < 4 else x.dtype)
+        if width:
+            c, s = rope_angles(cos, sin, width)
+            x = rotate(x, c[:, None], s[:, None], layout)
+        return rounded(x, hidden)
+
+
+def _product(hidden: Tensor, linear: nn.Linear) -> Tensor:
+    """fp32 [T, N] of hidden [T, C], on the tensor cores where `tensor_cores` says so."""
+    if hidden.is_cuda and hidden.element_size() < 4:
+        return _TensorCores.apply(hidden, linear.weight)
+    return linear(hidden.float())
+
+
+class _TensorCores(torch.autograd.Function):
+    """hidden weight^T and its gradients, all in TF32: torch's own would be computed when the setting is over, and in plain fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        with tensor_cores(hidden.dtype):
+            return hidden.float() @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        hidden, weight = ctx.saved_tensors
+        with tensor_cores(hidden.dtype):
+            into = (grads[0] @ weight).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+            return into, grads[0].T @ hidden.float() if ctx.needs_input_grad[1] else None

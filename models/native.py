@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from winnow.models.indexer import Indexer, IndexerConfig, rounded
+from winnow.models.indexer import Indexer, IndexerConfig
 from winnow.models.mla import mla_forward
 from winnow.models.routing import open_routers, routers
 
@@ -65,7 +65,7 @@ class NativeIndexer(Indexer):
     def keys(self, hidden: Tensor, *rest: Tensor) -> Tensor:
         """hidden [T, C], q_latent [T, q_lora_rank], cos and sin [T, rope] -> [T, D_I]."""
         _, cos, sin = rest
-        return rounded(self._rotate(self.k_norm(self.wk(hidden.float())), cos, sin), hidden)
+        return self._turned(self.k_norm(self.wk(hidden.float()))[:, None], hidden, cos, sin)[:, 0]
 
     def queries(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [T, C], q_latent [T, q_lora_rank], cos and sin [T, rope] -> q [T, H_I, D_I], w [T, H_I]."""
@@ -73,7 +73,7 @@ class NativeIndexer(Indexer):
         q_latent, cos, sin = rest
         q = self.wq_b(q_latent.float()).view(-1, self.config.num_heads, self.config.head_dim)
         w = self.weights_proj(hidden.float()) * (self.config.num_heads * self.config.head_dim) ** -0.5
-        return rounded(self._rotate(q, cos, sin), hidden), w
+        return self._turned(q, hidden, cos, sin), w
 
 
 def open_native(model: Any) -> Any:

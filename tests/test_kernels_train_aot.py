@@ -34,6 +34,27 @@ def list_kernels(sm):
         "WIDTH": 2048, "BLOCK_C": 512, "ROWS": 4, "ADD": True}, 2, 1  # fmt: skip
 
 
+def row_kernels(sm):
+    from winnow.kernels import train_rows
+
+    numbers = {"eps": "fp32", "rows": "i32"}
+    for width, kind in ((576, BF16), (8192, BF16), (128, FP32)):
+        block = 1 << (width - 1).bit_length()
+        shape = {"C": width, "BLOCK": block, "ROWS": max(1, train_rows.TILE // block), "ADD": width > 128}
+        warps = 4 if block <= 4096 else 8
+        yield f"norm {width}", train_rows._norm, dict(
+            x=kind, residual=kind, weight=kind, total=kind, y=kind, scales=FP32) | numbers, shape, warps, 2  # fmt: skip
+        yield f"norm gradient {width}", train_rows._norm_grad, dict(
+            grad=kind, grad_total=kind, total=kind, weight=kind, scales=FP32, dx=kind, shares=FP32, rows="i32", per="i32"
+        ), shape | {"WEIGHT": True}, warps, 2  # fmt: skip
+    for back, pairs, kind in ((False, False, BF16), (True, True, FP32)):
+        yield f"turn {back}", train_rows._turn, dict(x=FP32, cos=kind, sin=kind, y=kind, rows="i32", angle_stride="i32"), {
+            "HEADS": 8, "D": 128, "ROPE": 64, "STEP": 2, "PAIRS": pairs, "BLOCK": 128, "ROWS": 16, "BACK": back}, 4, 2  # fmt: skip
+    yield "silu_mul", train_rows._silu_mul, dict(gate=BF16, up=BF16, y=BF16, count="i32"), {"BLOCK": 2048}, 4, 2
+    yield "silu_mul gradient", train_rows._silu_mul_grad, dict(
+        grad=BF16, gate=BF16, up=BF16, dgate=BF16, dup=BF16, count="i32"), {"BLOCK": 2048}, 4, 2  # fmt: skip
+
+
 def attention_kernels(sm):
     from winnow.kernels import sparse_backward, sparse_prefill
 
@@ -141,6 +162,7 @@ def logprob_kernels(sm):
 def kernels(sm):
     """(name, kernel, types of the pointer and scalar arguments, constants, warps, stages)."""
     yield from list_kernels(sm)
+    yield from row_kernels(sm)
     yield from attention_kernels(sm)
     yield from mla_kernels(sm)
     yield from kl_kernels(sm)

@@ -1,0 +1,75 @@
+"""A layer's forward pass in training on a GPU: transformers' modules and parameters, with few launches between products.
+
+    norm ─> q, k, v ─> RoPE ─> attention over the sets ─> o ─> sum and norm ─> gate, up ─> silu(gate) up ─> down ─> sum
+
+`fuse` puts it in the place of a layer's `forward`, so whatever is around layers (FSDP, activation checkpointing, hooks) finds it where the
+other was. That one is still there: it runs on CPUs, and for every layer, dtype or context that this one does not know.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from winnow.kernels import ops
+from winnow.models.attention import attend_packed
+from winnow.models.context import ForwardContext, open_context
+from winnow.models.inference import takes
+from winnow.models.layer import Layer
+
+
+def fuse(model: Any) -> None:
+    """Every layer's forward becomes this module's, where the family is known. Again is no harm."""
+    if takes(model):
+        for layer in model.get_decoder().layers:
+            layer.forward = partial(layer_forward, layer)
+
+
+def separate(model: Any) -> None:
+    """Undoes `fuse`."""
+    for layer in model.get_decoder().layers:
+        layer.__dict__.pop("forward", None)
+
+
+def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """hidden_states [1, T, C] -> [1, T, C]."""
+    ctx, rows = kwargs.get("winnow") or open_context(), ops.train_rows_of(hidden_states)
+    angles = kwargs.get("position_embeddings")
+    if ctx is None or rows is None or angles is None or not knows(layer, hidden_states, angles[0], ctx):
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    before, after = layer.input_layernorm, layer.post_attention_layernorm
+    x = hidden_states[0]
+    y = rows.norm(x, before.weight, before.variance_epsilon)
+    y = _attention(layer.self_attn, y, angles[0][0], angles[1][0], ctx, rows)
+    x, y = rows.add_norm(y, x, after.weight, after.variance_epsilon)
+    y = rows.silu_mul(layer.mlp.gate_proj(y), layer.mlp.up_proj(y))
+    return (x + layer.mlp.down_proj(y))[None]
+
+
+def knows(layer: Any, x: Tensor, cos: Tensor, ctx: ForwardContext) -> bool:
+    """Whether the kernels do what the modules would: packed tokens in training, one dtype, no dropout, RoPE over whole heads."""
+    if ctx.mode != "train" or x.shape[0] != 1:
+        return False
+    attention = layer.self_attn
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    quiet = not (attention.training and attention.attention_dropout)
+    return quiet and cos.shape[-1] == attention.head_dim and all(norm.weight.dtype == x.dtype for norm in norms)
+
+
+def _attention(module: Any, x: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext, rows: Any) -> Tensor:
+    """x [T, C], normed -> the output of self_attn [T, C]."""
+    ctx.check_tokens(len(x))
+    dim = module.head_dim
+    q, k, v = (linear(x).view(len(x), -1, dim) for linear in (module.q_proj, module.k_proj, module.v_proj))
+    if hasattr(module, "q_norm"):
+        q = rows.norm(q, module.q_norm.weight, module.q_norm.variance_epsilon)
+        k = rows.norm(k, module.k_norm.weight, module.k_norm.variance_epsilon)
+    q, k = (rows.turn(heads, cos, sin, dim, "half", heads.dtype) for heads in (q, k))
+    own = getattr(module, "indexer", None) is not None
+    layer = Layer(module, ctx, (x if ctx.coupled else x.detach(), cos, sin) if own else None)
+    out: Tensor = attend_packed(layer, q, k, v, module.scaling)
+    layer.finish()
+    return module.o_proj(out.reshape(len(x), -1))
