@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.rl.config_sections import IndexerConfig, LearnerConfig
+from winnow.rl.masters import masters_of
 from winnow.rl.ranks import own_part, split_like, whole
 
 
@@ -36,7 +37,7 @@ class Optimizer:
         if not train_indexer:
             self.indexer = []
         self.base = [parameter for parameter in self.base if parameter.requires_grad]
-        self._masters = {p: p.detach().float().clone() for p in (*self.base, *self.indexer) if p.dtype != torch.float32}
+        self._masters = masters_of((*self.base, *self.indexer))
         self._part: dict[nn.Parameter, Tensor] = {}  # fp32 gradients of the present part, of parameters with a master
         self._total: dict[nn.Parameter, Tensor] = {}  # of the parts that have ended
         groups = []

@@ -26,6 +26,7 @@ from winnow.models.context import IndexerLoss, LayerInputs, train_context
 from winnow.models.forward import hidden_states
 from winnow.rl.convert_data import Packed
 from winnow.rl.convert_options import ConvertOptions
+from winnow.rl.masters import masters_of
 from winnow.rl.partial import Partial, run_steps
 from winnow.rl.retention import language_loss
 from winnow.rl.teacher import Teacher
@@ -243,7 +244,7 @@ class MasterAdamW:
 
     def __init__(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
         self.parameters, self.lr = list(parameters.values()), lr
-        self.masters = {p: p.detach().float().clone() for p in self.parameters if p.dtype != torch.float32}
+        self.masters = masters_of(self.parameters)
         stepped = [self.masters.get(p, p) for p in self.parameters]
         self.adamw = torch.optim.AdamW(stepped, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,19 @@ def resumed(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
     return {"equal": all(torch.equal(straight[name], other[name]) for name in straight), "count": len(straight)}
 
 
+def narrow(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
+    """The masters of a model in bf16, and whether a step at learning rate 0 leaves the weights."""
+    config = config_of(Path(folder), Path(runs))
+    model, learner = replace(config.model, dtype="bfloat16"), replace(config.learner, lr=0.0)
+    learner = Learner(replace(config, model=model, learner=learner), ranks)
+    learner.load()
+    named = {name: p for name, p in learner.model.named_parameters() if p.dtype == torch.bfloat16}
+    before = {name: whole(p).clone() for name, p in named.items()}
+    masters = {name: whole(learner.optimizer.target(p)).clone() for name, p in named.items()}
+    learner.step(make_batch(samples_of(), step=1, micro_tokens=30, ranks=ranks.world))
+    return {"masters": masters, "still": all(torch.equal(whole(p), before[name]) for name, p in named.items())}
+
+
 def refused(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
     """A NaN in one sequence, that is, on one rank."""
     learner = Learner(config_of(Path(folder), Path(runs)), ranks)
@@ -191,6 +205,18 @@ def test_a_resumed_run_over_ranks_is_bitwise_and_its_checkpoint_is_a_model(folde
     alone.resume(saved)  # and another number of ranks goes on from it
     assert alone.optimizer.num_updates == 1
     alone.step(make_batch(samples_of(), step=2, micro_tokens=1000))
+
+
+def test_masters_are_the_same_for_every_split(folder: Path, tmp_path: Path) -> None:
+    want = narrow(Ranks(), str(folder), str(tmp_path), 30)
+    for got in over_ranks(2, narrow, tmp_path, folder):
+        assert (
+            got["still"]
+            and want["still"]
+            and got["masters"].keys() == want["masters"].keys()
+            and len(want["masters"]) > 10
+        )
+        assert all(torch.equal(got["masters"][name], tensor) for name, tensor in want["masters"].items())
 
 
 def test_a_fault_on_one_rank_is_refused_by_all_and_named(folder: Path, tmp_path: Path) -> None:
