@@ -170,7 +170,9 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _turned(grads[0], *ctx.saved_tensors, *ctx.how, ctx.dtype, back=True), None, None, None, None, None
+        cos, sin = ctx.saved_tensors
+        rope, layout = ctx.how
+        return _turned(grads[0], cos, sin, rope, layout, ctx.dtype, back=True), None, None, None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, rope: int, layout: str, dtype: torch.dtype, back: bool) -> Tensor:
