@@ -19,14 +19,14 @@ from winnow.rl.cluster import Cluster, worker_spec
 from winnow.rl.config import Config, ConfigError
 from winnow.rl.learner import Learner
 from winnow.rollout.local_pool import LocalPool
-from winnow.rollout.weights import WeightError, untied
+from winnow.rollout.weights import WeightError, state_of
 
 
 class LocalLearner(Learner):
     """Hands over its tensors instead of packing them. The engine copies: nothing of the learner is shared with it."""
 
     def weights(self, version: int) -> Any:
-        return untied(self._tensors())
+        return self.named_weights()
 
 
 class DevicePool(LocalPool):
@@ -39,7 +39,7 @@ class DevicePool(LocalPool):
         assert version is not None
         engine = self.runner.engine
         engine.load_weights(update, version)
-        check_equal(engine.model.state_dict(), update, version)
+        check_equal(state_of(engine.model), update, version)
         return {0: version}
 
 

@@ -121,9 +121,11 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * self._warmup()
         self._adamw.step()
-        with torch.no_grad():
-            for parameter, master in self._masters.items():
-                parameter.copy_(master)
+        if self._masters:  # in a few launches, not one a tensor
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    [own_part(p) for p in self._masters], [own_part(m) for m in self._masters.values()]
+                )
         self.zero_grad()
         self.num_updates += 1
 

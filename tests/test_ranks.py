@@ -111,16 +111,22 @@ def resumed(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
 
 
 def narrow(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
-    """The masters of a model in bf16, and whether a step at learning rate 0 leaves the weights."""
+    """The masters of a model in bf16; whether a step at learning rate 0 leaves the weights, and one at another rounds its masters."""
     config = config_of(Path(folder), Path(runs))
-    model, learner = replace(config.model, dtype="bfloat16"), replace(config.learner, lr=0.0)
-    learner = Learner(replace(config, model=model, learner=learner), ranks)
-    learner.load()
-    named = {name: p for name, p in learner.model.named_parameters() if p.dtype == torch.bfloat16}
-    before = {name: whole(p).clone() for name, p in named.items()}
-    masters = {name: whole(learner.optimizer.target(p)).clone() for name, p in named.items()}
-    learner.step(make_batch(samples_of(), step=1, micro_tokens=30, ranks=ranks.world))
-    return {"masters": masters, "still": all(torch.equal(whole(p), before[name]) for name, p in named.items())}
+    found: dict[str, Any] = {}
+    for lr in (0.0, 1e-3):
+        model, options = replace(config.model, dtype="bfloat16"), replace(config.learner, lr=lr)
+        learner = Learner(replace(config, model=model, learner=options), ranks)
+        learner.load()
+        named = {name: p for name, p in learner.model.named_parameters() if p.dtype == torch.bfloat16}
+        before = {name: whole(p).clone() for name, p in named.items()}
+        found["masters"] = {name: whole(learner.optimizer.target(p)).clone() for name, p in named.items()}
+        learner.step(make_batch(samples_of(), step=1, micro_tokens=30, ranks=ranks.world))
+        found[f"still at {lr}"] = all(torch.equal(whole(p), before[name]) for name, p in named.items())
+        found["rounded"] = all(
+            torch.equal(whole(p), whole(learner.optimizer.target(p)).bfloat16()) for p in named.values()
+        )
+    return found
 
 
 def refused(ranks: Ranks, folder: str, runs: str, _: int) -> dict[str, Any]:
@@ -210,12 +216,9 @@ def test_a_resumed_run_over_ranks_is_bitwise_and_its_checkpoint_is_a_model(folde
 def test_masters_are_the_same_for_every_split(folder: Path, tmp_path: Path) -> None:
     want = narrow(Ranks(), str(folder), str(tmp_path), 30)
     for got in over_ranks(2, narrow, tmp_path, folder):
-        assert (
-            got["still"]
-            and want["still"]
-            and got["masters"].keys() == want["masters"].keys()
-            and len(want["masters"]) > 10
-        )
+        for each in (got, want):
+            assert each["still at 0.0"] and not each["still at 0.001"] and each["rounded"]
+        assert got["masters"].keys() == want["masters"].keys() and len(want["masters"]) > 10
         assert all(torch.equal(got["masters"][name], tensor) for name, tensor in want["masters"].items())
 
 
