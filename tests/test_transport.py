@@ -182,6 +182,12 @@ class Hall:
         for process in self.processes:
             process.start()
 
+    def wait_for_processes(self) -> None:
+        deadline = time.monotonic() + 40
+        while not all((self.out / f"{rank}.pid").exists() for rank, _ in enumerate(self.hows, 1)):
+            assert time.monotonic() < deadline, "an engine's process does not start"
+            time.sleep(0.02)
+
     def ticket(self, session: str, group: str, version: int, rank: int, members: tuple[Member, ...]) -> Ticket:
         return Ticket(
             kind=self.kind, version=version, address=self.sender.address, session=session, group=group, rank=rank, world=len(members) + 1,
@@ -270,7 +276,8 @@ def test_an_engine_that_dies_or_hangs_holds_up_nobody(
     kind: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "GRACE_S", 1.0)
-    with Hall(kind, ("fine", how), tmp_path, stall_s=2.0, wait_s=3.0) as hall:
+    with Hall(kind, ("fine", how), tmp_path, stall_s=2.0, wait_s=6.0) as hall:
+        hall.wait_for_processes()  # a limit is not there to time how a machine starts them
         begin = time.monotonic()
         report = hall.send(Net(1))
         assert time.monotonic() - begin < 15
