@@ -161,6 +161,14 @@ def engine(ticket: Ticket, seed: int, how: str, out: str, again: Any) -> None:
             return
 
 
+def engines_context() -> Any:
+    """Forks of a process that has imported everything and runs no thread: a fork of this one, after a thousand tests and with the sender's
+    threads at work, now and then begins with a lock that nobody will ever release."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "winnow.rollout.transfer", __name__])
+    return context
+
+
 class Hall:
     """A sender in this process and engines in processes of their own."""
 
@@ -172,7 +180,7 @@ class Hall:
         self.members = tuple(
             Member(number=i, name=f"worker {i}", key=f"k{i}", host="h", device="cpu") for i, _ in enumerate(hows)
         )
-        context = multiprocessing.get_context("fork")
+        context = engines_context()
         self.queues = [context.Queue() for _ in hows]
         first = [self.ticket("s1", "g1", 1, rank, self.members) for rank, _ in enumerate(hows, 1)]
         self.processes = [
@@ -448,17 +456,17 @@ def test_a_channel_says_who_was_waited_for_and_stops_when_told() -> None:
         Channel("127.0.0.1:1", connect_s=1.0)
 
 
+def learner_with_a_store(address: Any) -> None:
+    channel = Channel("127.0.0.1:0", host=True)
+    address.put(channel.address)
+    time.sleep(60)
+
+
 def test_a_learner_that_is_stopped_does_not_hold_its_engines() -> None:
     """Its store answers nothing then, not even that there is nothing."""
-
-    def learner(address: Any) -> None:
-        channel = Channel("127.0.0.1:0", host=True)
-        address.put(channel.address)
-        time.sleep(60)
-
-    context = multiprocessing.get_context("fork")
+    context = engines_context()
     address = context.Queue()
-    process = context.Process(target=learner, args=(address,), daemon=True)
+    process = context.Process(target=learner_with_a_store, args=(address,), daemon=True)
     process.start()
     channel, receiver = Channel(address.get(timeout=20)), Receiver()
     assert process.pid is not None
