@@ -59,14 +59,9 @@ def _split_heads(
 
 
 @triton.jit
-def _index_rows(
-    proj, gamma, beta, cos, sin, slots, q_out, w_out, k_out, cache, eps, w_scale, row_stride, angle_stride,
-    H: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
-    KEY: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    # proj holds the head queries (HEADS), then the key from column KEY on, then the head weights.
-    t, d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
-    row = proj + t * row_stride
+def pairs(d, ROPE: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr):
+    """Of dim d under RoPE over the first ROPE dims: its partner, its angle's place in a row of cos, the partner's sign, whether it turns. PAIRS:
+    neighbours are partners, not the dims of two halves."""
     if PAIRS:
         mate, angle, sign = d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
     else:
@@ -75,6 +70,19 @@ def _index_rows(
         angle, sign = tl.where(d < half, d, d - half), tl.where(d < half, -1.0, 1.0)
     turns = d < ROPE
     mate, angle = tl.where(turns, mate, d), tl.where(turns, angle, 0) * STEP
+    return mate, angle, sign, turns
+
+
+@triton.jit
+def _index_rows(
+    proj, gamma, beta, cos, sin, slots, q_out, w_out, k_out, cache, eps, w_scale, row_stride, angle_stride,
+    H: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
+    KEY: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    # proj holds the head queries (HEADS), then the key from column KEY on, then the head weights.
+    t, d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
+    row = proj + t * row_stride
+    mate, angle, sign, turns = pairs(d, ROPE, STEP, PAIRS)
     c = tl.load(cos + t * angle_stride + angle, mask=turns, other=1.0).to(tl.float32)
     s = tl.load(sin + t * angle_stride + angle, mask=turns, other=0.0).to(tl.float32) * sign
     kind = cache.dtype.element_ty

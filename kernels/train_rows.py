@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from winnow.kernels.rows import pairs
+
 # How many rows there are is never compiled into a kernel: every batch has another number.
 TILE = 2048  # numbers that a program has in hand
 PROGRAMS = 528  # of a norm's backward: each keeps its own share of the weight's gradient
@@ -80,14 +82,7 @@ def _turn(
     # A row is a head of a token. Back is the turn the other way.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK)
-    if PAIRS:
-        mate, angle, sign = d ^ 1, d // 2, tl.where(d % 2 == 0, -1.0, 1.0)
-    else:
-        half: tl.constexpr = ROPE // 2
-        mate = tl.where(d < half, d + half, d - half)
-        angle, sign = tl.where(d < half, d, d - half), tl.where(d < half, -1.0, 1.0)
-    turns = d < ROPE
-    mate, angle = tl.where(turns, mate, d), tl.where(turns, angle, 0) * STEP
+    mate, angle, sign, turns = pairs(d, ROPE, STEP, PAIRS)
     if BACK:
         sign = -sign
     mask = (row < rows)[:, None] & (d < D)[None, :]

@@ -62,13 +62,10 @@ _PLACES: WeakKeyDictionary[nn.Module, _Places] = WeakKeyDictionary()
 class _Places:
     """Where a model's modules keep what state_dict() says, and how the modules looked then. places None: it makes tensors of its own.
 
-    state: what state_of() said last, of the tensors `seen` at the addresses `lying`.
+    No tensor is kept: a model that moved, or whose weights were laid elsewhere, would have its old ones in memory as well.
     """
 
     places: list[tuple[str, dict[str, Any], str]] | None
-    state: dict[str, Tensor]
-    seen: list[Tensor]
-    lying: list[int]
     children: list[tuple[dict[str, Any], tuple[Any, ...]]]
     tensors: list[tuple[dict[str, Any], tuple[str, ...]]]
     empty: list[dict[str, Any]]  # of modules without children, parameters or buffers: most of all there are
@@ -77,13 +74,8 @@ class _Places:
     def of(cls, model: nn.Module) -> _Places:
         modules = list(model.modules())
         held = [kept for module in modules for kept in (module._parameters, module._buffers)]
-        places = _places(model)
-        seen = [held[key] for _, held, key in places or ()]
         return cls(
-            places=places,
-            state={name: held[key].detach() for name, held, key in places or ()},
-            seen=seen,
-            lying=[tensor.data_ptr() for tensor in seen],
+            places=_places(model),
             children=[(module._modules, tuple(module._modules.values())) for module in modules if module._modules],
             tensors=[(kept, _there(kept)) for kept in held if kept],
             empty=[kept for kept in (*held, *(module._modules for module in modules)) if not kept],
@@ -91,13 +83,11 @@ class _Places:
 
     @property
     def hold(self) -> bool:
-        """Whether no module and no tensor has come, gone or moved."""
+        """Whether no module and no tensor has come or gone."""
         return (
             not any(map(len, self.empty))
             and all(tuple(now.values()) == then for now, then in self.children)
             and all(_there(now) == then for now, then in self.tensors)
-            and all(held[key] is then for (_, held, key), then in zip(self.places or (), self.seen, strict=True))
-            and [tensor.data_ptr() for tensor in self.seen] == self.lying
         )
 
 
@@ -107,13 +97,13 @@ def _there(kept: dict[str, Any]) -> tuple[str, ...]:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` in a fraction of its time, which is half of a transfer's on a fast link: the modules are walked once, and again
-    when one has come or gone, or a tensor is another or lies elsewhere."""
+    when one has come or gone. Tensors may be replaced."""
     found = _PLACES.get(model)
     if found is None or not found.hold:
         found = _PLACES[model] = _Places.of(model)
     if found.places is None:
         return model.state_dict()
-    return dict(found.state)
+    return {name: held[key].detach() for name, held, key in found.places}
 
 
 def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]] | None:
@@ -253,13 +243,12 @@ class Staged(dict[str, Tensor]):
         super().__init__(tensors)
         targets = state_of(model)
         check_match(targets, {name: tensor.shape for name, tensor in tensors.items()}, version)
-        self._targets = [targets[name] for name in tensors]
-        self.run = copies(self._targets, list(tensors.values()))
+        self._places = {name: _place(tensor) for name, tensor in targets.items()}
+        self.run = copies([targets[name] for name in tensors], list(tensors.values()))
 
     def fit(self, model: nn.Module) -> bool:
         """Whether they were staged for the weights that the model has now."""
-        targets = state_of(model)
-        return all(targets.get(name) is then for name, then in zip(self, self._targets, strict=True))
+        return self._places == {name: _place(tensor) for name, tensor in state_of(model).items()}
 
 
 def copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:

@@ -152,17 +152,17 @@ def make_model(family, leaders=(), **changes):
     return model.to(DEV)
 
 
-def trained(model, monkeypatch, fused, coupled=False, checkpointing=False, selector="indexer"):
+def trained(model, monkeypatch, fused, coupled=False, checkpointing=False, selector="indexer", lengths=(25, 15)):
     """Final states, loss of the indexers, and every gradient; how often a norm was a kernel's."""
     used = []
     if fused:
         monkeypatch.setattr(ops, "train_rows_of", lambda x: used.append(1) or train_rows)
     else:
         monkeypatch.setattr(ops, "train_rows_of", lambda x: None)
-    ids = torch.randint(0, 61, (40,), generator=torch.Generator().manual_seed(5)).to(DEV)
+    ids = torch.randint(0, 61, (sum(lengths),), generator=torch.Generator().manual_seed(5)).to(DEV)
     watch = IndexerLoss()
     with checkpointed(model, checkpointing):
-        ctx = train_context([25, 15], DEV, selector=selector, indexer_loss=watch, coupled=coupled)
+        ctx = train_context(list(lengths), DEV, selector=selector, indexer_loss=watch, coupled=coupled)
         out = hidden_states(model, ids, ctx)
         loss = (out * draw(*out.shape, seed=6)).sum() + watch.total()
         loss.backward()
@@ -171,11 +171,18 @@ def trained(model, monkeypatch, fused, coupled=False, checkpointing=False, selec
     return {"out": out.detach(), "kl": watch.total().detach(), **grads}, len(used)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["plain", "coupled", "checkpointed", "dense", "shared"])
+KINDS = (
+    "coupled",
+    "checkpointed",
+    "dense",
+    "shared",
+)  # the families differ in their projections alone: two of them are enough
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((f, "plain") for f in FAMILIES), *((f, kind) for f in ("llama", "qwen3") for kind in KINDS)]
+)
 def test_a_layer_of_kernels_is_the_layer_of_modules(family, kind, monkeypatch):
-    if kind != "plain" and family not in ("llama", "qwen3"):
-        pytest.skip("the families differ in their projections alone")
     model = make_model(family, leaders=(0,) if kind == "shared" else ())
     options = {
         "coupled": kind == "coupled",
@@ -190,6 +197,17 @@ def test_a_layer_of_kernels_is_the_layer_of_modules(family, kind, monkeypatch):
         torch.testing.assert_close(
             ours[name], value, rtol=1e-4, atol=size * 2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("lengths", [(5,), (6,), (7,), (1,), (5, 6, 7), (1, 30, 1)])
+def test_layers_about_k_tokens_long(lengths, monkeypatch):
+    """k - 1, k, k + 1: without a selection, and with the first that leaves anything out."""
+    model = make_model("qwen3")
+    ours, used = trained(model, monkeypatch, True, lengths=lengths)
+    theirs, _ = trained(model, monkeypatch, False, lengths=lengths)
+    assert used and set(ours) == set(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=max(1.0, float(value.abs().max())) * 2e-5)
 
 
 def test_copies_run_their_own_layers_and_stripped_ones_none(monkeypatch):

@@ -1,5 +1,6 @@
 """Weight updates: everything arrives, and nothing damaged is used."""
 
+import gc
 import pickle
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from winnow.rollout.weights import WeightError, copy_into, pack, state_of, unpack, untied
+from winnow.rollout.weights import Staged, WeightError, copy_into, pack, state_of, unpack, untied
 
 
 class Tied(nn.Module):
@@ -123,6 +124,35 @@ def test_the_quick_state_sees_modules_and_tensors_that_come_and_go():
     assert same() and "1.late" in state_of(model)
     with pytest.raises(WeightError, match=r"no tensor for '1\.late' arrived"):
         copy_into(model, {n: t.clone() for n, t in model.state_dict().items() if n != "1.late"}, 3)
+
+
+def test_the_quick_state_keeps_no_weights_in_memory():
+    """Those of a model that was laid out anew, or moved, would be there twice."""
+    model = nn.Linear(40, 40)
+    old = state_of(model)["weight"].data_ptr()
+    kept = model.weight.data  # so that nothing else comes to lie there
+    model.weight.data = torch.ones(40, 40)
+    gc.collect()
+    there = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o is not kept and o.data_ptr() == old]
+    assert there == [] and state_of(model)["weight"].data_ptr() == model.weight.data_ptr() != old
+
+
+def test_tensors_staged_for_other_weights_are_staged_again():
+    """Between the arrival of an update and its turn a model may change: nothing may be written where weights were, or be left out."""
+    model = nn.Sequential(Tied(), nn.Linear(2, 2, bias=False))
+    sent = {name: tensor.clone() + 1 for name, tensor in model.state_dict().items()}
+    staged = Staged(model, sent, 1)
+    before = model[1].weight
+    model[1].weight = nn.Parameter(torch.zeros(2, 2))
+    left = before.detach().clone()
+    copy_into(model, staged, 1)
+    assert torch.equal(model[1].weight, sent["1.weight"]) and torch.equal(before, left)
+    model[1].bias = nn.Parameter(torch.zeros(2))  # a tensor more, which the update does not have
+    with pytest.raises(WeightError, match=r"no tensor for '1\.bias' arrived"):
+        copy_into(model, staged, 1)
+    other = nn.Sequential(Tied(), nn.Linear(2, 2, bias=False))
+    copy_into(other, staged, 1)
+    assert all(torch.equal(tensor, sent[name]) for name, tensor in other.state_dict().items())
 
 
 def test_a_model_that_makes_its_state_itself_is_asked_for_it():
