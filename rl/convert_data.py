@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -94,10 +95,27 @@ def tokenize(texts: Sequence[str], tokenizer: Any, num_tokens: int, seed: int, l
     return documents
 
 
+class Window(list[int]):
+    """A part of a document. rest: what follows there, as many tokens at most."""
+
+    rest: Sequence[int] = ()
+
+    def elsewhere(self, rng: random.Random) -> list[int]:
+        """As many tokens that begin somewhere within it; itself where the document ends with it."""
+        start = rng.randint(0, min(len(self.rest), len(self) - 1))
+        return [*self[start:], *self.rest[:start]]
+
+
 def windows(documents: Sequence[Sequence[int]], length: int, shortest: int = 8) -> list[list[int]]:
-    """Cut documents into sequences of at most `length` tokens; tails below `shortest` tokens are dropped."""
-    cut = [list(doc[i : i + length]) for doc in documents for i in range(0, len(doc), length)]
-    return [window for window in cut if len(window) >= shortest]
+    """Cut documents into `Window`s of at most `length` tokens; tails below `shortest` tokens are dropped."""
+    cut: list[list[int]] = []
+    for document in documents:
+        for i in range(0, len(document), length):
+            window = Window(document[i : i + length])
+            window.rest = document[i + length : i + 2 * length]
+            if len(window) >= shortest:
+                cut.append(window)
+    return cut
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> Packed:
@@ -158,12 +176,13 @@ def with_needles(
 
 
 def batches(sequences: Sequence[Sequence[int]], tokens: int, seed: int) -> Iterator[Packed]:
-    """Packed batches of about `tokens` tokens for ever, each epoch in another order."""
+    """Packed batches of about `tokens` tokens for ever, each epoch in another order, and from the second on cut elsewhere: what is far from
+    a token, and so what a set of keys leaves out for it, is not the same twice (docs/experiments.md)."""
     rng = random.Random(seed)
     batch: list[Sequence[int]] = []
     count = 0
-    while True:
-        order = list(sequences)
+    for epoch in itertools.count():
+        order = [s.elsewhere(rng) if epoch and isinstance(s, Window) else s for s in sequences]
         rng.shuffle(order)
         for sequence in order:
             if batch and count + len(sequence) > tokens:
