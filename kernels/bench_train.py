@@ -305,7 +305,7 @@ def kl_rows(source: Sets, length: int = 32768) -> Iterator[Row]:
     kinds += [(f"over S_t, {name}", sets) for name, sets in _with_uniform(source, length)]
     for name, sets in kinds:
         lse = sparse_prefill(q, k, v, cu, sets, 128**-0.5)[1]
-        run = (*index, q, k, lse, cu, sets, 128**-0.5)
+        run = (*index, q, k, lse, cu, sets, 128**-0.5, None)
         memory = extra_bytes(lambda: kl_and_gradients(*run)) / 1e9  # noqa: B023
         ms = median_ms(lambda: kl_and_gradients(*run), 3)  # noqa: B023
         yield Row(

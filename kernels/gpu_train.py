@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.kernels.omission import Omission
 from winnow.kernels.packing import on_host
 from winnow.kernels.selection import Selection
 
@@ -53,12 +54,12 @@ def sparse_attention(
 
 def indexer_kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
-    scale: float,
+    scale: float, cost: Omission | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from winnow.kernels import indexer_kl as kernel
 
     whole = unless_whole(selection, cu_seqlens)
-    return kernel.indexer_kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, whole, scale)
+    return kernel.indexer_kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, whole, scale, cost)
 
 
 def token_logprobs(

@@ -1,7 +1,8 @@
 """KL(attention || indexer) and its gradients on a GPU, dense (warm-up) and over the selected sets, nothing of size [L, L].
 
-    for a slice of query blocks:   I -> log-sum-exp of I -> loss and G = softmax(I) - A / H -> dw, dq -> shares of dk -> dk
+    for a slice of query blocks:   I -> log-sum-exp of I -> loss and G = softmax(I) - target -> dw, dq -> shares of dk -> dk
 
+The target is A / H, or, with costs (`omission.py`), these over their sum: a tensor more of the slice, written before log-sum-exp and sum.
 A = sum over heads of exp(q . k scale - lse) needs no pass of its own: with the attention's own lse every row of A sums to H. A slice
 keeps I in fp32, G and the shares in the inputs' dtype, for as many (query, key) pairs as SLICE_BYTES holds. No float atomics.
 
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.kernels.key_lists import Lists, key_lists, query_blocks
+from winnow.kernels.omission import REST, TINY, Omission
 from winnow.kernels.segments import add_rows
 from winnow.kernels.selection import Selection
 from winnow.kernels.sparse_prefill import capability, tile_mask
@@ -97,18 +99,46 @@ def _scores(
 
 
 @triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets", "stops"])
-def _normalise(
-    scores, keys, bits, offsets, stops, first, rows, norm, begin, shift,
-    DENSE: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+def _costs(
+    attn_q, attn_k, lse, values, pull, own, theirs, keys, offsets, stops, owner, first, rows, costs, begin, shift, scale,
+    HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, DV: tl.constexpr, CHUNK_V: tl.constexpr,
+    PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, TINY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of each query's scores over its set: norm fp32 [T], -inf where the set is empty. ROWS queries of a block a program."""
+    """A of `omission.py`: what it costs a query to do without each key of the tile. Whatever lies outside the set is left to others."""
+    HEADS: tl.constexpr = HKV * GROUP
+    _, row0, num, key, place = _tile(owner, offsets, stops, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
+    if num == 0:
+        return
+    there, other = key >= 0, key.to(tl.int64)
+    total = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    for head in range(0, HEADS, PACK):
+        row, inside = _rows(row0, num, head, HEADS, PACK, BLOCK_Q)
+        base = tl.load(lse + row, mask=inside, other=float("inf"))
+        dots = _dots(attn_q, row, inside, attn_k, other * HKV + head // GROUP, there, D, CHUNK, UPCAST)
+        share = tl.exp2((dots * scale - base[:, None]) * 1.4426950408889634)
+        near = _dots(pull, row, inside, values, other * HKV + head // GROUP, there, DV, CHUNK_V, UPCAST)
+        of_key = theirs + other[None, :] * HEADS + (head + tl.arange(0, BLOCK_Q * PACK) % PACK)[:, None]
+        both = tl.load(of_key, mask=inside[:, None] & there[None, :], other=0.0)
+        both += tl.load(own + row, mask=inside, other=0.0)[:, None]
+        moved = tl.sqrt(tl.maximum(both - 2 * near, 0.0) + TINY) / tl.maximum(1 - share, REST)
+        total += _fold(share * tl.maximum(moved, share * share * tl.sqrt(both)), BLOCK_Q, PACK)
+    tl.store(costs + place, total)
+
+
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets", "stops"])
+def _normalise(
+    scores, costs, keys, bits, offsets, stops, first, rows, norm, whole, begin, shift,
+    COST: tl.constexpr, DENSE: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of each query's scores over its set: norm fp32 [T], -inf where the set is empty; the sum of its costs: whole fp32 [T].
+    ROWS queries of a block a program."""
     block, part = tl.program_id(0), tl.program_id(1)
     row0, num = tl.load(first + begin + block), tl.load(rows + begin + block)
     start, stop, width = _span(offsets, stops, block)
     q, n = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-    base = scores + (start - shift).to(tl.int64) * BLOCK_Q + q[:, None] * width
+    at = (start - shift).to(tl.int64) * BLOCK_Q + q[:, None] * width
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total, cost = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for entry in range(start, stop, BLOCK_N):
         entry = tl.multiple_of(entry, 64)
         there = entry + n < stop
@@ -116,9 +146,10 @@ def _normalise(
         chosen = (
             tile_mask(bits, entry, key[None, :], row0 + q, q < num, q, DENSE, BLOCK_Q, BLOCK_N) & (key >= 0)[None, :]
         )
-        score = tl.where(
-            chosen, tl.load(base + (entry - start + n)[None, :], mask=there[None, :], other=0.0), float("-inf")
-        )
+        place = at + (entry - start + n)[None, :]
+        score = tl.where(chosen, tl.load(scores + place, mask=there[None, :], other=0.0), float("-inf"))
+        if COST:
+            cost += tl.sum(tl.where(chosen, tl.load(costs + place, mask=there[None, :], other=0.0), 0.0), 1)
         new_top = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(score - safe[:, None]), 1)
@@ -126,29 +157,38 @@ def _normalise(
     tl.store(
         norm + row0 + q, tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf")), mask=q < num
     )
+    if COST:
+        tl.store(whole + row0 + q, cost, mask=q < num)
 
 
 @triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["offsets", "stops"])
 def _compare(
-    attn_q, attn_k, lse, scores, norm, keys, bits, offsets, stops, owner, first, rows, slope, loss, begin, shift, scale,
+    attn_q, attn_k, lse, scores, costs, norm, whole, keys, bits, offsets, stops, owner, first, rows, slope, loss, begin, shift, scale,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, DENSE: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, COST: tl.constexpr, DENSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A, the tile's part of the loss, and G = softmax(I) - A / H, zero outside the set."""
+    """The target, the tile's part of the loss, and G = softmax(I) - target, zero outside the set. The target is A / H, or costs / whole."""
     entry, row0, num, key, place = _tile(owner, offsets, stops, first, rows, keys, begin, shift, BLOCK_Q, BLOCK_N)
     if num == 0:
         tl.store(loss + tl.program_id(0), 0.0)
         return
-    mass = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-    for head in range(0, HKV * GROUP, PACK):
-        row, inside = _rows(row0, num, head, HKV * GROUP, PACK, BLOCK_Q)
-        dots = _dots(attn_q, row, inside, attn_k, key.to(tl.int64) * HKV + head // GROUP, key >= 0, D, CHUNK, UPCAST)
-        base = tl.load(lse + row, mask=inside, other=float("inf"))
-        mass += _fold(tl.exp2((dots * scale - base[:, None]) * 1.4426950408889634), BLOCK_Q, PACK)
     q = tl.arange(0, BLOCK_Q)
+    if COST:
+        every = tl.load(whole + row0 + q, mask=q < num, other=0.0)
+        mass = tl.load(costs + place) / tl.where(every > 0, every, 1.0)[:, None]
+    else:
+        mass = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+        for head in range(0, HKV * GROUP, PACK):
+            row, inside = _rows(row0, num, head, HKV * GROUP, PACK, BLOCK_Q)
+            dots = _dots(
+                attn_q, row, inside, attn_k, key.to(tl.int64) * HKV + head // GROUP, key >= 0, D, CHUNK, UPCAST
+            )
+            base = tl.load(lse + row, mask=inside, other=float("inf"))
+            mass += _fold(tl.exp2((dots * scale - base[:, None]) * 1.4426950408889634), BLOCK_Q, PACK)
+        mass *= 1.0 / (HKV * GROUP)
     chosen = tile_mask(bits, entry, key[None, :], row0 + q, q < num, q, DENSE, BLOCK_Q, BLOCK_N) & (key >= 0)[None, :]
     model = tl.load(scores + place) - tl.load(norm + row0 + q, mask=q < num, other=0.0)[:, None]
-    target = tl.where(chosen, mass * (1.0 / (HKV * GROUP)), 0.0)
+    target = tl.where(chosen, mass, 0.0)
     model = tl.where(chosen, model, 0.0)
     part = target * (tl.log(tl.where(target > 0, target, 1.0)) - model)
     tl.store(loss + tl.program_id(0), tl.sum(tl.sum(part, 1), 0))
@@ -245,23 +285,25 @@ def kl_plan(sm: int, dense: bool, group: int, fp32: bool = False) -> tuple[int, 
 class _Slice:
     """One run of blocks: workspaces and the launches over them."""
 
-    def __init__(self, lists: Lists, a: int, b: int, block_n: int, dtype: torch.dtype):
+    def __init__(self, lists: Lists, a: int, b: int, block_n: int, dtype: torch.dtype, costs: bool):
         self.lists, self.a, self.b = lists, a, b
         self.shift, self.stop = lists.ends[a], lists.ends[b]
         device = lists.keys.device
         pairs = (self.stop - self.shift) * lists.blocks.size
         self.scores = torch.empty(pairs, dtype=torch.float32, device=device)
+        self.costs = torch.empty(pairs if costs else 0, dtype=torch.float32, device=device)
         self.slope = torch.empty(pairs, dtype=dtype, device=device)
         self.owner = lists.owners(a, b, block_n)
         self.tiles = len(self.owner)
 
 
 def _run_slice(
-    s: _Slice, tensors: tuple[Tensor, ...], out: tuple[Tensor, ...], scale: float, plan: tuple[int, int, int, int, int], wants: bool
+    s: _Slice, tensors: tuple[Tensor, ...], cost: tuple[Tensor, ...], out: tuple[Tensor, ...], scale: float,
+    plan: tuple[int, int, int, int, int], wants: bool,
 ) -> Tensor:  # fmt: skip
-    """Loss of a slice (fp64 scalar); fills norm, dq, dw of its queries and adds to dk."""
+    """Loss of a slice (fp64 scalar); fills norm, whole, dq, dw of its queries and adds to dk."""
     q, k, w, attn_q, attn_k, lse = tensors
-    norm, dq, dk, dw = out
+    norm, whole, dq, dk, dw = out
     size, pack, block_n, warps, stages = plan
     lists, blocks = s.lists, s.lists.blocks
     offsets, stops, begin = lists.offsets[s.a :], lists.stops[s.a :], lists.begin + s.a
@@ -273,15 +315,29 @@ def _run_slice(
     index = {"HEADS": heads, "D": dim, "PACK": pack, "UPCAST": cpu}
     block_d = max(16, triton.next_power_of_2(dim))
     _scores[(s.tiles,)](q, k, w, *where, s.scores, begin, s.shift, CHUNK=_chunk(dim), **index, **common)
+    attention = {
+        "HKV": kv_heads,
+        "GROUP": group,
+        "D": attn_q.shape[2],
+        "CHUNK": _chunk(attn_q.shape[2]),
+        "PACK": pack,
+        "UPCAST": cpu,
+    }
+    if cost:
+        single = common | {"num_stages": 1}  # two products a step: of more stages the operands do not fit
+        width = cost[0].shape[2]
+        _costs[(s.tiles,)](
+            attn_q, attn_k, lse, *cost, *where, s.costs, begin, s.shift, scale, DV=width, CHUNK_V=_chunk(width), REST=REST, TINY=TINY, **attention, **single
+        )  # fmt: skip
     rows = 4 if dense else min(16, size)
     _normalise[(s.b - s.a, size // rows)](
-        s.scores, lists.keys, lists.bits, offsets, stops, blocks.first, blocks.rows, norm, begin, s.shift,
-        DENSE=dense, BLOCK_Q=size, ROWS=rows, BLOCK_N=512 if dense and not cpu else min(64, block_n), num_warps=4,
+        s.scores, s.costs, lists.keys, lists.bits, offsets, stops, blocks.first, blocks.rows, norm, whole, begin, s.shift,
+        COST=bool(cost), DENSE=dense, BLOCK_Q=size, ROWS=rows, BLOCK_N=512 if dense and not cpu else min(64, block_n), num_warps=4,
     )  # fmt: skip
     loss = torch.empty(s.tiles, dtype=torch.float32, device=q.device)
     _compare[(s.tiles,)](
-        attn_q, attn_k, lse, s.scores, norm, lists.keys, lists.bits, *where[1:], s.slope, loss, begin, s.shift, scale,
-        HKV=kv_heads, GROUP=group, D=attn_q.shape[2], CHUNK=_chunk(attn_q.shape[2]), PACK=pack, DENSE=dense, UPCAST=cpu, **common,
+        attn_q, attn_k, lse, s.scores, s.costs, norm, whole, lists.keys, lists.bits, *where[1:], s.slope, loss, begin, s.shift, scale,
+        COST=bool(cost), DENSE=dense, **attention, **common,
     )  # fmt: skip
     if wants:
         groups = triton.cdiv(heads, pack)
@@ -297,22 +353,24 @@ def _run_slice(
 
 def kl_and_gradients(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
-    scale: float, wants: bool = True, slice_bytes: int = SLICE_BYTES,
+    scale: float, cost: Omission | None, wants: bool = True, slice_bytes: int = SLICE_BYTES,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """(KL summed over rows fp64, rows counted int64, gradients in q, k, w in fp32); arguments as in `ops.indexer_kl`."""
     tensors = tuple(x.contiguous() for x in (q, k, w, attn_q, attn_k, lse))
+    costs = tuple(x.contiguous() for x in cost or ())
     plan = kl_plan(
         capability(q.device), selection is None, attn_q.shape[1] // attn_k.shape[1], q.dtype == torch.float32
     )
     unit = max(64, plan[2])
     norm = torch.full((len(q),), -torch.inf, dtype=torch.float32, device=q.device)
+    whole = torch.zeros(len(q) if costs else 0, dtype=torch.float32, device=q.device)
     dq, dk, dw = (torch.zeros(x.shape if wants else (0, 0), dtype=torch.float32, device=q.device) for x in (q, k, w))
     total = torch.zeros((), dtype=torch.float64, device=q.device)
-    pair = plan[0] * (4 + q.element_size()) + k.shape[1] * k.element_size()
+    pair = plan[0] * (4 + (4 if costs else 0) + q.element_size()) + k.shape[1] * k.element_size()
     for lists in key_lists(query_blocks(cu_seqlens, plan[0]), selection, unit=unit):
         for a, b in lists.slices(max(unit, slice_bytes // pair)):
-            piece = _Slice(lists, a, b, plan[2], q.dtype)
-            total = total + _run_slice(piece, tensors, (norm, dq, dk, dw), scale, plan, wants)
+            piece = _Slice(lists, a, b, plan[2], q.dtype, bool(costs))
+            total = total + _run_slice(piece, tensors, costs, (norm, whole, dq, dk, dw), scale, plan, wants)
     return total, torch.isfinite(norm).sum(), (dq, dk, dw)
 
 
@@ -322,22 +380,22 @@ class _IndexerKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor,
-        selection: Selection | None, scale: float,
+        selection: Selection | None, scale: float, cost: Omission | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wants = any(ctx.needs_input_grad[:3])
-        total, rows, grads = kl_and_gradients(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale, wants)
+        total, rows, grads = kl_and_gradients(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale, cost, wants)
         ctx.save_for_backward(*(g.to(x.dtype) for g, x in zip(grads, (q, k, w), strict=True)))
         ctx.mark_non_differentiable(rows)
         return total.float(), rows
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *((grad * x).to(x.dtype) for x in ctx.saved_tensors), None, None, None, None, None, None
+        return *((grad * x).to(x.dtype) for x in ctx.saved_tensors), None, None, None, None, None, None, None
 
 
 def indexer_kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
-    scale: float,
+    scale: float, cost: Omission | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ops.indexer_kl` in these kernels. lse must be the attention's own over the same sets: the target is A / H."""
-    return _IndexerKL.apply(q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale)
+    return _IndexerKL.apply(q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale, cost)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import gpu_ops, gpu_train, torch_attention, torch_indexer, torch_logprobs, torch_rows
+from winnow.kernels.omission import Omission
 from winnow.kernels.selection import Selection, exact_topk
 
 
@@ -167,15 +168,16 @@ def mla_prefill(
 
 def indexer_kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
-    scale: float,
+    scale: float, cost: Omission | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum over rows of KL(p || softmax(I)) over S_t, differentiable in q, k, w only, and the number of rows, int64 scalar.
 
-    q [T, H_I, D_I], k [T, D_I], w [T, H_I]; attn_q [T, H, D], attn_k [T, Hkv, D] and lse [T, H] (over the same S_t) are detached.
+    q [T, H_I, D_I], k [T, D_I], w [T, H_I]; attn_q [T, H, D], attn_k [T, Hkv, D] and lse [T, H] (over the same S_t) are detached. p is
+    the attention summed over heads (DeepSeek-V3.2, section 2.1); with cost, what leaving each key out would cost (`omission`).
     """
     if gpu_train.takes(q, k) and gpu_train.takes(attn_q, attn_k, widest=576):
-        return gpu_train.indexer_kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
-    return torch_indexer.kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale)
+        return gpu_train.indexer_kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale, cost)
+    return torch_indexer.kl(q, k, w, attn_q, attn_k, lse, cu_seqlens, selection, scale, cost)
 
 
 def linear(

@@ -56,9 +56,9 @@ def allowed_positions(length: int, selection: Selection | None, start: int) -> T
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, selection: Selection | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each query over S_t of its own sequence. Returns out [T, H, D], lse [T, H] (-inf where S_t is empty)."""
+    """Softmax attention of each query over S_t of its own sequence. Returns out [T, H, D_v], lse [T, H] (-inf where S_t is empty)."""
     group = q.shape[1] // k.shape[1]
-    out, lse = torch.zeros_like(q), _float(q).new_full(q.shape[:2], -torch.inf)
+    out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), _float(q).new_full(q.shape[:2], -torch.inf)
     for start, stop in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True):
         allowed = allowed_positions(stop - start, selection, start)
         for head in range(q.shape[1]):
@@ -101,11 +101,12 @@ def sparse_decode(
 
 def indexer_kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
-    scale: float,
+    scale: float, projected: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Sum over rows of KL(p_t || softmax(I_t)) over S_t, and the number of rows with a non-empty S_t.
 
-    p_t is attention summed over heads and L1-normalised, detached; 0 log 0 = 0; `lse` is taken over the same S_t.
+    p_t is attention summed over heads and L1-normalised, detached; 0 log 0 = 0; `lse` is taken over the same S_t. projected: values
+    [T, Hkv, D], outputs [T, H, D] and an output projection [E, H * D]: p_t is what the projected output loses without each key.
     """
     total, rows = _float(q).new_zeros(()), 0
     group = attn_q.shape[1] // attn_k.shape[1]
@@ -118,7 +119,19 @@ def indexer_kl(
             keep = allowed[t]
             if not keep.any():
                 continue
-            mass = torch.exp(attention[t][:, keep] - lse[start + t, :, None].detach()).sum(0)
+            shares = torch.exp(attention[t][:, keep] - lse[start + t, :, None].detach())  # [H, n]
+            if projected is not None:
+                values, out, weight = (_float(x.detach()) for x in projected)
+                away = values[start:stop][keep].repeat_interleave(group, 1) - out[start + t]  # [n, H, D]
+                split = weight.view(len(weight), *away.shape[1:])
+                if keep.sum() > 1:
+                    there = values[start:stop][keep].repeat_interleave(group, 1)
+                    moved, a, b = (
+                        torch.einsum("nhd,ehd->hne", x, split).norm(dim=-1) for x in (away, there, out[start + t, None])
+                    )
+                    alone = shares**2 * torch.hypot(a, b)
+                    shares = shares * torch.maximum(moved / (1 - shares).clamp(min=0.01), alone)
+            mass = shares.sum(0)
             target = mass / mass.sum()
             log_model = torch.log_softmax(scores[t][keep], dim=0)
             total = total + (torch.xlogy(target, target) - target * log_model).sum()

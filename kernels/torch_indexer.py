@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.kernels.omission import REST, TINY, Omission
 from winnow.kernels.packing import Batch, batches, gather_pages
 from winnow.kernels.selection import SELECTORS, Selection, exact_topk, hash_scores, window_selection, with_random_ties
 from winnow.kernels.torch_attention import TILE_BUDGET, selected_mask
@@ -171,7 +172,7 @@ class _IndexerKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor,
-        selection: Selection | None, scale: float,
+        selection: Selection | None, scale: float, cost: Omission | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wants = any(ctx.needs_input_grad[:3])
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -181,11 +182,14 @@ class _IndexerKL(torch.autograd.Function):
         for batch in batches(cu_seqlens):
             qb, kb, wb, aq, ak, lb = (batch.pad(x) for x in (q, k, w, attn_q, attn_k, lse))
             indices = None if selection is None else batch.pad(selection.indices)
+            costs = cost and cost.padded(batch)
             sums = [torch.zeros(x.shape, dtype=wide, device=q.device) for x in (qb, kb, wb)] if wants else None
             for a, b in batch.chunks(0, max(q.shape[1], 2), TILE_BUDGET):
                 keys = batch.keys_until(b)
                 keep = _allowed(batch, indices, a, b, keys)
-                target = attention_target(aq[:, a:b], ak[:, :keys], lb[:, a:b], keep, scale)
+                target = attention_target(
+                    aq[:, a:b], ak[:, :keys], lb[:, a:b], keep, scale, costs and costs.tile(a, b, keys)
+                )
                 kl, count, parts = _kl_chunk(qb[:, a:b], kb[:, :keys], wb[:, a:b], target, keep, wants)
                 total += kl
                 rows += count
@@ -203,7 +207,7 @@ class _IndexerKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         parts = [(grad * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *parts, None, None, None, None, None, None
+        return *parts, None, None, None, None, None, None, None
 
 
 def _allowed(batch: Batch, indices: Tensor | None, a: int, b: int, keys: int) -> Tensor:
@@ -216,10 +220,13 @@ def _allowed(batch: Batch, indices: Tensor | None, a: int, b: int, keys: int) ->
     return keep if batch.span is not None else keep & batch.valid[:, a:b, None]
 
 
-def attention_target(attn_q: Tensor, attn_k: Tensor, lse: Tensor, keep: Tensor, scale: float) -> Tensor:
+def attention_target(
+    attn_q: Tensor, attn_k: Tensor, lse: Tensor, keep: Tensor, scale: float, cost: Omission | None
+) -> Tensor:
     """Attention summed over heads, L1-normalised over `keep` [N, C, S]: p [N, C, S], zero elsewhere and on empty rows.
 
-    attn_q [N, C, H, D]; attn_k [N, S, Hkv, D]; lse [N, C, H], over the kept positions.
+    attn_q [N, C, H, D]; attn_k [N, S, Hkv, D]; lse [N, C, H], over the kept positions. cost: what each head's output loses without the
+    key (`omission.py`) instead; values [N, S, Hkv, D], pull [N, C, H, D], own [N, C, H], theirs [N, S, H].
     """
     group = attn_q.shape[2] // attn_k.shape[2]
     wide = lse.dtype
@@ -227,7 +234,14 @@ def attention_target(attn_q: Tensor, attn_k: Tensor, lse: Tensor, keep: Tensor, 
     for head in range(attn_q.shape[2]):  # one head at a time: the temporary stays [N, C, S]
         keys = attn_k[:, :, head // group].to(wide)
         scores = torch.bmm(attn_q[:, :, head].to(wide) * scale, keys.transpose(1, 2))
-        mass += scores.sub_(lse[:, :, head, None]).exp_()
+        share = scores.sub_(lse[:, :, head, None]).exp_()
+        if cost is not None:
+            values = cost.values[:, :, head // group].to(wide)
+            square = torch.bmm(cost.pull[:, :, head].to(wide) * -2, values.transpose(1, 2))
+            both = cost.own[:, :, head, None] + cost.theirs[:, None, :, head]
+            moved = square.add_(both).clamp_(min=0).add_(TINY).sqrt_().div_((1 - share).clamp_(min=REST))
+            share = torch.maximum(moved, share.square() * both.sqrt_()).mul_(share)
+        mass += share
     mass.masked_fill_(~keep, 0.0)
     norm = mass.sum(-1, keepdim=True)
     return mass.div_(norm.masked_fill_(norm == 0, 1.0))
@@ -258,6 +272,6 @@ def _kl_chunk(
 
 def kl(
     q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu_seqlens: Tensor, selection: Selection | None,
-    scale: float,
+    scale: float, cost: Omission | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _IndexerKL.apply(q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale)
+    return _IndexerKL.apply(q, k, w, attn_q.detach(), attn_k.detach(), lse.detach(), cu_seqlens, selection, scale, cost)

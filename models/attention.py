@@ -70,7 +70,7 @@ def attend_packed(layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     layer.prepare_loss()
     selection = layer.select()
     out, lse = ops.sparse_attention(q, k, v, layer.ctx.cu_seqlens, selection, scale)
-    layer.observe(q, k, lse, selection, scale)
+    layer.observe(q, k, v, out, lse, selection, scale)
     return out
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import ops
+from winnow.kernels.omission import Omission
 from winnow.kernels.packing import known
 from winnow.kernels.selection import Selection
 
@@ -33,7 +34,7 @@ class LayerInputs:
     """What an observer sees of one layer's attention. All of it detached.
 
     `inputs` [T, ...] are the indexer's own: hidden states, RoPE angles (MLA: the q latent too); q [T, H, D], k [T, Hkv, D] and
-    lse [T, H] (over S_t) make its target. leader: the layer that the indexer belongs to, `layer` itself unless layers share one.
+    lse [T, H] (over S_t) make its target, with cost where the target is the output. leader: the layer that the indexer belongs to, `layer` itself unless layers share one.
     """
 
     layer: int
@@ -46,6 +47,7 @@ class LayerInputs:
     cu_seqlens: Tensor
     selection: Selection | None
     scale: float
+    cost: Omission | None
 
 
 @dataclass
@@ -62,7 +64,7 @@ class IndexerLoss:
         """Score one layer; `projected` holds the indexer's q, k, w when the selection has computed them already."""
         x = inputs
         q, k, w = projected if projected is not None else x.indexer(*x.inputs)
-        kl, rows = ops.indexer_kl(q, k, w, x.q, x.k, x.lse, x.cu_seqlens, x.selection, x.scale)
+        kl, rows = ops.indexer_kl(q, k, w, x.q, x.k, x.lse, x.cu_seqlens, x.selection, x.scale, x.cost)
         if x.layer not in self.kl:
             self.kl[x.layer] = kl
             self.rows = rows

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from winnow.kernels import ops
 
 ROPE_LAYOUTS = ("half", "interleaved")
+TARGETS = ("attention", "output")
 
 
 @dataclass(frozen=True)
 class IndexerConfig:
-    """Shape of the indexers of a model; kept in its config.json under "winnow"."""
+    """Shape of the indexers of a model, and what they learn; kept in its config.json under "winnow".
+
+    target: "attention", summed over heads, as DeepSeek-V3.2 has it; or what the layer's "output" loses without a key (kernels/omission.py).
+    """
 
     top_k: int
     num_heads: int = 4
@@ -31,6 +35,7 @@ class IndexerConfig:
     rope_dim: int = 16
     rope_layout: str = "half"
     norm_eps: float = 1e-6
+    target: str = "attention"
     leaders: tuple[int, ...] = ()  # IndexShare: the layers with an indexer, the first among them; empty: every layer
 
     def __post_init__(self) -> None:
@@ -43,6 +48,8 @@ class IndexerConfig:
             )
         if self.rope_layout not in ROPE_LAYOUTS:
             raise ValueError(f"indexer.rope_layout is {self.rope_layout!r}, but it must be one of {ROPE_LAYOUTS}")
+        if self.target not in TARGETS:
+            raise ValueError(f"indexer.target is {self.target!r}, but it must be one of {TARGETS}")
         object.__setattr__(self, "leaders", tuple(self.leaders))  # a list in config.json
         if self.leaders and (self.leaders[0] != 0 or list(self.leaders) != sorted(set(self.leaders))):
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import ops
+from winnow.kernels.omission import omission
 from winnow.kernels.selection import Selection, window_selection
 from winnow.models.context import ForwardContext, LayerInputs, Served
 
@@ -23,7 +24,7 @@ class Layer:
     """
 
     def __init__(self, module: Any, ctx: ForwardContext, inputs: tuple[Tensor, ...] | None):
-        self.ctx, self.index = ctx, int(module.layer_idx)
+        self.module, self.ctx, self.index = module, ctx, int(module.layer_idx)
         served: tuple[int, int] = getattr(module, "winnow_served", (self.index, self.index))
         self.leader, self.last = served  # whose indexer, and the last layer that it serves
         self.served: Served | None = None
@@ -123,14 +124,21 @@ class Layer:
     def watched(self) -> bool:
         return self.ctx.indexer_loss is not None and self.served is not None
 
-    def observe(self, q: Tensor, k: Tensor, lse: Tensor, selection: Selection | None, scale: float) -> None:
-        """Train mode, after the attention: q [T, H, D], k [T, Hkv, D] and lse [T, H] over the sets, for the observer if there is one."""
+    def observe(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selection: Selection | None, scale: float
+    ) -> None:
+        """Train mode, after the attention: q [T, H, D], k and v [T, Hkv, D], out [T, H, D] and lse [T, H] over the sets, for the observer if
+        there is one."""
         if not self.watched:
             return
         assert self.served is not None and self.ctx.indexer_loss is not None
+        cost = None
+        if self.served.indexer.config.target == "output":
+            cost = omission(v, out, self.module.o_proj.weight)
         seen = LayerInputs(
             layer=self.index, leader=self.leader, indexer=self.served.indexer, inputs=self.served.inputs,
             cu_seqlens=self.ctx.cu_seqlens, selection=selection, q=q.detach(), k=k.detach(), lse=lse.detach(), scale=scale,
+            cost=cost,
         )  # fmt: skip
         self.ctx.indexer_loss.observe(seen, self.served.projected)
 

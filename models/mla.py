@@ -71,7 +71,7 @@ def _train(module: Any, layer: Layer, q: Tensor, kv: Tensor) -> Tensor:
     selection = layer.select()
     k, v = expand(module, kv)
     out, lse = attend(q, k, v, layer.ctx.cu_seqlens, selection, module.scaling)
-    layer.observe(q, k, lse, selection, module.scaling)
+    layer.observe(q, k, v, out, lse, selection, module.scaling)
     return out
 
 

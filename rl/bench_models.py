@@ -125,7 +125,7 @@ def _kl_inputs(
 
 
 def _streaming(q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu: Tensor) -> Tensor:
-    return ops.indexer_kl(q, k, w, attn_q, attn_k, lse, cu, None, attn_q.shape[-1] ** -0.5)[0]
+    return ops.indexer_kl(q, k, w, attn_q, attn_k, lse, cu, None, attn_q.shape[-1] ** -0.5, None)[0]
 
 
 def _materialising(q: Tensor, k: Tensor, w: Tensor, attn_q: Tensor, attn_k: Tensor, lse: Tensor, cu: Tensor) -> Tensor:

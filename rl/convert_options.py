@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from winnow.models.indexer import IndexerConfig
+from winnow.models.indexer import TARGETS, IndexerConfig
 from winnow.rl.share import REACH
 
 REPORTS = ("full", "short")  # short: perplexity and recall only
@@ -19,6 +19,7 @@ class ConvertOptions:
     index_heads: int = 4
     index_dim: int = 32
     index_rope_dim: int = 16
+    index_target: str = "attention"  # what indexers learn: the "attention", or what the "output" loses without a key
     index_share: int = 1  # layers that one indexer serves
     index_share_by: str = "every"  # which layers lead: "every" n-th, or chosen by measured "overlap"
     data: str = (
@@ -90,6 +91,7 @@ class ConvertOptions:
                 raise ValueError(f"convert.{name} is {getattr(self, name)}, but it must be >= 0")
         for name, allowed in (
             ("index_share_by", ("every", "overlap")),
+            ("index_target", TARGETS),
             ("report", REPORTS),
             ("sparse_teacher", TEACHERS),
         ):
@@ -118,7 +120,11 @@ class ConvertOptions:
     def indexer(self) -> IndexerConfig:
         """With an indexer in every layer."""
         return IndexerConfig(
-            top_k=self.top_k, num_heads=self.index_heads, head_dim=self.index_dim, rope_dim=self.index_rope_dim
+            top_k=self.top_k,
+            num_heads=self.index_heads,
+            head_dim=self.index_dim,
+            rope_dim=self.index_rope_dim,
+            target=self.index_target,
         )
 
     @property

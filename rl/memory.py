@@ -134,6 +134,7 @@ class Widths:
     inner: int
     size: int  # of a number
     index: int  # numbers: all index heads
+    omission: int  # what the target "output" is made of, with its temporaries; 0 for the attention itself
 
     @classmethod
     def of(cls, model: Any) -> Widths:
@@ -146,6 +147,7 @@ class Widths:
             hidden=config.hidden_size * size, queries=config.num_attention_heads * head * size,
             keys=config.num_key_value_heads * head * size, inner=inner * size, size=size,
             index=shape.num_heads * shape.head_dim if shape else 0,
+            omission=config.num_attention_heads * head * (3 * 4 + size) if shape and shape.target == "output" else 0,
         )  # fmt: skip
 
 
@@ -164,7 +166,7 @@ def gpu_warmup_bytes(model: Any, options: ConvertOptions) -> int:
     """
     x, config = Widths.of(model), model.config
     micro = min(options.warmup_tokens, max(options.warmup_micro, options.seq_len))
-    attention = options.warmup_tokens * (4 * x.hidden + 3 * x.queries + 4 * x.keys)
+    attention = options.warmup_tokens * (4 * x.hidden + 3 * x.queries + 4 * x.keys + x.omission)
     indexer = micro * 4 * (2 * config.hidden_size + 2 * x.index) + gpu_kl_bytes(x, micro)
     mlp = options.warmup_tokens * (4 * x.hidden + 4 * x.inner)
     return max(attention + indexer, mlp)
@@ -189,7 +191,9 @@ def gpu_step_bytes(model: Any, options: ConvertOptions) -> int:
     attention = (
         parts + bitmap + sums + tokens * (3 * x.queries + 2 * x.keys)
     )  # gradients of out, q and the sum at q; of k and v
-    kl = gpu_kl_bytes(x, tokens) + tokens * x.index * 8  # the index queries in fp32, and as they come out of RoPE
+    kl = gpu_kl_bytes(x, tokens) + tokens * (
+        x.index * 8 + x.omission
+    )  # the index queries in fp32, and as they come out of RoPE
     return _bytes([weight]) + max(head, attention, kl, tokens * (4 * x.inner + 2 * x.hidden))
 
 

@@ -56,16 +56,19 @@ class OverlapMeter(IndexerLoss):
 
 
 def best_sets(x: LayerInputs, positions: Tensor, top_k: int) -> Selection:
-    """The top-k of the attention itself, summed over heads: what a perfect indexer would choose."""
+    """The top-k of what the indexer is to learn, the attention summed over heads for one: what a perfect indexer would choose."""
     selection = window_selection(positions, top_k)
     for batch in batches(x.cu_seqlens):
         q, k, lse = (batch.pad(t) for t in (x.q, x.k, x.lse))
+        cost = x.cost and x.cost.padded(batch)
         for a in range(0, q.shape[1], ROWS):
             b = min(a + ROWS, q.shape[1])
             keys = batch.keys_until(b)
             where = batch.positions[:, a:b]
             keep = torch.arange(keys, device=where.device) <= where[..., None]
-            target = attention_target(q[:, a:b], k[:, :keys], lse[:, a:b], keep, x.scale)
+            target = attention_target(
+                q[:, a:b], k[:, :keys], lse[:, a:b], keep, x.scale, cost and cost.tile(a, b, keys)
+            )
             chosen = exact_topk(target.reshape(-1, keys), where.reshape(-1) + 1, top_k)
             rows, valid = batch.rows[:, a:b].reshape(-1), batch.valid[:, a:b].reshape(-1)
             selection.indices[rows[valid]] = chosen.indices[valid]

@@ -78,7 +78,12 @@ class LayerwiseWarmup(IndexerLoss):
                     q, k, w = first.indexer(*(tensor[a:b] for tensor in first.inputs))
                     cu = known(torch.tensor(bounds, dtype=torch.int32).to(q.device), bounds)
                     kl = torch.stack(
-                        [ops.indexer_kl(q, k, w, x.q[a:b], x.k[a:b], x.lse[a:b], cu, None, x.scale)[0] for x in seen]
+                        [
+                            ops.indexer_kl(
+                                q, k, w, x.q[a:b], x.k[a:b], x.lse[a:b], cu, None, x.scale, x.cost and x.cost.rows(a, b)
+                            )[0]
+                            for x in seen
+                        ]
                     )
                     optimizer.zero_grad(set_to_none=True)
                     (kl.mean() / max(1, b - a)).backward()  # no set is empty: every row counts

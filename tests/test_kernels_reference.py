@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from winnow.kernels import ops, reference, torch_attention
+from winnow.kernels.omission import omission
 from winnow.kernels.packing import batches
 from winnow.kernels.selection import Selection
 
@@ -238,32 +239,36 @@ def test_decode_and_chunked_prefill_agree_with_packed(page, sparse):
     torch.testing.assert_close(chunk_lse, lse[rows], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("target", ["attention", "output"])
 @pytest.mark.parametrize("sets", ["dense", "selected", "strange"])
-def test_indexer_kl_and_its_gradients(sets):
+def test_indexer_kl_and_its_gradients(sets, target):
     x = packed([5, 40, 0, 33, 270])
     chosen = {
         "dense": lambda: None,
         "selected": lambda: ops.select_packed(x.qi, x.ki, x.w, x.cu, x.positions, TOP_K),
         "strange": lambda: strange_sets(x),
     }[sets]()
-    lse = reference.sparse_attention(x.q, x.k, x.v, x.cu, chosen, 0.25)[1]
+    out, lse = reference.sparse_attention(x.q, x.k, x.v, x.cu, chosen, 0.25)
     args = (x.qi, x.ki, x.w, x.q, x.k, lse, x.cu, chosen, 0.25)
-    kl, rows = ops.indexer_kl(*args)
-    want, want_rows = reference.indexer_kl(*args)
+    weight = torch.randn(24, out[0].numel(), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    projected = (x.v, out, weight) if target == "output" else None
+    cost = None if projected is None else omission(*projected)
+    kl, rows = ops.indexer_kl(*args, cost)
+    want, want_rows = reference.indexer_kl(*args, projected)
     assert rows == want_rows
     torch.testing.assert_close(kl, want)
     got = torch.autograd.grad(3 * kl, (x.qi, x.ki, x.w))
     expected = torch.autograd.grad(3 * want, (x.qi, x.ki, x.w))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-    assert torch.autograd.grad(ops.indexer_kl(*args)[0], (x.q, x.k), allow_unused=True) == (None, None)
+    assert torch.autograd.grad(ops.indexer_kl(*args, cost)[0], (x.q, x.k, x.v), allow_unused=True) == (None,) * 3
 
 
 def test_indexer_kl_is_zero_when_the_indexer_is_the_attention():
     x = packed([20], heads=1, kv_heads=1, index_heads=1, grad=False)
     q, k = x.q.abs(), x.k.abs()  # ReLU and a weight of 1 then change nothing
     lse = reference.sparse_attention(q, k, x.v, x.cu, None, 1.0)[1]
-    kl, _ = ops.indexer_kl(q, k[:, 0], torch.ones(20, 1, dtype=torch.float64), q, k, lse, x.cu, None, 1.0)
+    kl, _ = ops.indexer_kl(q, k[:, 0], torch.ones(20, 1, dtype=torch.float64), q, k, lse, x.cu, None, 1.0, None)
     assert abs(float(kl)) < 1e-10
 
 
@@ -320,7 +325,7 @@ def test_autograd_keeps_nothing_quadratic():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         _out, lse = ops.sparse_attention(x.q, x.k, x.v, x.cu, chosen, 0.25)
-        ops.indexer_kl(x.qi, x.ki, x.w, x.q, x.k, lse, x.cu, chosen, 0.25)
+        ops.indexer_kl(x.qi, x.ki, x.w, x.q, x.k, lse, x.cu, chosen, 0.25, None)
         ops.token_logprobs(
             x.q.flatten(1), torch.randn(500, 96, requires_grad=True), torch.zeros(1200, dtype=torch.int64)
         )

@@ -20,6 +20,7 @@ from winnow.kernels.logprobs import token_logprobs  # noqa: E402
 from winnow.kernels.mla_backward import mla_attention, mla_backward  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
 from winnow.kernels.mla_prefill import EXACT, absolute, gqa_prefill_exact, mla_exact, mla_prefill  # noqa: E402
+from winnow.kernels.omission import Omission, omission  # noqa: E402
 from winnow.kernels.packing import known  # noqa: E402
 from winnow.kernels.segments import add_rows  # noqa: E402
 from winnow.kernels.selection import Selection, window_selection  # noqa: E402
@@ -274,7 +275,7 @@ def test_room_is_enough_for_sets_that_share_nothing_and_for_none_at_all():
         close(f"d{name}", a.grad, b.grad)
     index, ours = leaves(randn(tokens, 3, 16, seed=6), randn(tokens, 16, seed=7), randn(tokens, 3, seed=8) * 0.25)
     want_kl, want_rows = ref.indexer_kl(*index, q, key, want_lse, bounds(lengths), sets, 0.3)
-    kl, rows = gpu_train.indexer_kl(*ours, q.to(DEV, DTYPE), key.to(DEV, DTYPE), lse, cu, moved, 0.3)
+    kl, rows = gpu_train.indexer_kl(*ours, q.to(DEV, DTYPE), key.to(DEV, DTYPE), lse, cu, moved, 0.3, None)
     assert int(rows) == int(want_rows) == tokens - 64
     close("kl", kl, want_kl)
     want_kl.backward()
@@ -338,7 +339,7 @@ def test_a_training_layer_asks_the_device_nothing(longest, monkeypatch):
     def layer():
         sets = gpu_ops.select_packed(*(x.detach() for x in index), cu, positions, k, faults)
         out, lse = gpu_train.sparse_attention(*heads, cu, sets, 0.3)
-        kl, rows = gpu_train.indexer_kl(*index, heads[0].detach(), heads[1].detach(), lse, cu, sets, 0.3)
+        kl, rows = gpu_train.indexer_kl(*index, heads[0].detach(), heads[1].detach(), lse, cu, sets, 0.3, None)
         (out.sum() + kl / rows).backward()
 
     layer()
@@ -383,24 +384,30 @@ def test_add_rows_is_a_sum_by_key():
     close("sums", out, want)
 
 
+@pytest.mark.parametrize("target", ["attention", "output"])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_indexer_kl(sparse):
+def test_indexer_kl(sparse, target):
     cu, tokens = bounds(LENGTHS), sum(LENGTHS)
     sets = random_sets(LENGTHS, 8) if sparse else None
     attn_q, attn_k = randn(tokens, 4, 16, seed=4), randn(tokens, 2, 16, seed=5)
-    lse = ref.sparse_attention(attn_q, attn_k, attn_k, cu, sets, 0.2)[1]
+    values, weight = randn(tokens, 2, 24, seed=6), randn(20, 4 * 24, seed=7)
+    out, lse = ref.sparse_attention(attn_q, attn_k, values, cu, sets, 0.2)
+    projected = (values, out, weight) if target == "output" else None
+    cost = projected and Omission(
+        *(x.to(DEV, d) for x, d in zip(omission(*projected), (DTYPE, DTYPE, torch.float32, torch.float32), strict=True))
+    )
     wide, narrow = leaves(randn(tokens, 3, 16, seed=1), randn(tokens, 16, seed=2), randn(tokens, 3, seed=3) * 0.25)
-    want, want_rows = ref.indexer_kl(*wide, attn_q, attn_k, lse, cu, sets, 0.2)
+    want, want_rows = ref.indexer_kl(*wide, attn_q, attn_k, lse, cu, sets, 0.2, projected)
     want.backward()
     inputs = (attn_q.to(DEV, DTYPE), attn_k.to(DEV, DTYPE), lse.to(DEV, torch.float32))
-    got, rows = indexer_kl(*narrow, *inputs, device(cu), device(sets), 0.2)
+    got, rows = indexer_kl(*narrow, *inputs, device(cu), device(sets), 0.2, cost)
     (2 * got).backward()
     assert rows == want_rows
     assert abs(float(got.detach()) - float(want.detach())) <= 2e-3 * float(want.detach())
     for name, a, b in zip("qkw", narrow, wide, strict=True):
         close(f"d{name}", a.grad, 2 * b.grad)
     slices = kl_and_gradients(
-        *(x.detach() for x in narrow), *inputs, device(cu), device(sets), 0.2, slice_bytes=1 << 10
+        *(x.detach() for x in narrow), *inputs, device(cu), device(sets), 0.2, cost, slice_bytes=1 << 10
     )
     close("sliced dk", slices[2][1], wide[1].grad)
 
@@ -531,7 +538,7 @@ def test_fp32_on_a_gpu(sparse):
     index = [randn(*s, seed=7) for s in ((length, 3, 64), (length, 64), (length, 3))]
     want_kl = ref.indexer_kl(*index, wide[0], wide[1], lse, cu, sets, 0.1)[0]
     ours = (x.to(DEV, torch.float32) for x in index)
-    got_kl = indexer_kl(*ours, narrow[0], narrow[1], got_lse, device(cu), device(sets), 0.1)[0]
+    got_kl = indexer_kl(*ours, narrow[0], narrow[1], got_lse, device(cu), device(sets), 0.1, None)[0]
     assert abs(float(got_kl) - float(want_kl)) <= 1e-5 * float(want_kl)
 
 

@@ -125,20 +125,25 @@ def kl_kernels(sm):
         types = dict(
             q=BF16, k=BF16, w=FP32, keys=I32, bits=I32, offsets=I32, stops=I32, owner=I32, first=I32, rows=I32, scores=FP32, slope=BF16, parts=BF16,
             norm=FP32, dq=FP32, dw=FP32, attn_q=BF16, attn_k=BF16, lse=FP32, loss=FP32, begin="i32", shift="i32", blocks="i32", scale="fp32",
+            costs=FP32, whole=FP32, values=BF16, pull=BF16, own=FP32, theirs=FP32,
         )  # fmt: skip
         shape = dict(
-            HEADS=16, HKV=8, GROUP=4, D=128, CHUNK=128, BLOCK_D=128, PACK=pack, BLOCK_Q=size, BLOCK_N=block_n, DENSE=dense, UPCAST=False
+            HEADS=16, HKV=8, GROUP=4, D=128, CHUNK=128, BLOCK_D=128, PACK=pack, BLOCK_Q=size, BLOCK_N=block_n, DENSE=dense, UPCAST=False,
+            COST=False, DV=128, CHUNK_V=128, REST=0.01, TINY=1e-20,
         )  # fmt: skip
-        names = ("_scores", "_compare", "_query_gradient", "_key_gradient")
-        for name in names if dense == both else names[1:2] + names[3:]:
+        names = ("_scores", "_compare", "_costs", "_query_gradient", "_key_gradient")
+        for name in names if dense == both else names[1:3] + names[4:]:
             kernel = getattr(indexer_kl, name)
             mine = [{k: v for k, v in x.items() if k in kernel.arg_names} for x in (types, shape)]
-            yield f"kl {name[1:]} dense {dense}", kernel, *mine, warps, stages
+            yield f"kl {name[1:]} dense {dense}", kernel, *mine, warps, 1 if name == "_costs" else stages
+            if name == "_compare":
+                yield f"kl compare costs dense {dense}", kernel, mine[0], mine[1] | {"COST": True}, warps, stages
         if dense:
             continue
         kernel = indexer_kl._normalise
         mine = [
-            {k: v for k, v in x.items() if k in kernel.arg_names} for x in (types, shape | {"ROWS": 16, "BLOCK_N": 64})
+            {k: v for k, v in x.items() if k in kernel.arg_names}
+            for x in (types, shape | {"ROWS": 16, "BLOCK_N": 64, "COST": True})
         ]
         yield f"kl normalise dense {dense}", kernel, *mine, 4, 3
 
