@@ -36,7 +36,7 @@ class Copies:
     """Copies between tensors of the same shapes and dtypes on one GPU, in one launch whenever `run` is called.
 
     What a launch of whole words cannot do (another dtype or layout, an odd length) is copied by torch, tensor by tensor. The tensors must
-    stay where they are; they are held.
+    stay where they are; they are held until `release`.
     """
 
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -52,6 +52,13 @@ class Copies:
                 self.rest.append((target, source))
         long = np.array([row for row in rows if row[2]], dtype=np.int64)
         self.table = _pieces(long, targets[0].device) if len(long) else None
+
+    def release(self) -> bool:
+        """Holds no tensor any more, if that can be: whoever calls `run` answers for it that all are alive, where they were. False where torch
+        copies some of them."""
+        if not self.rest:
+            self.held.clear()
+        return not self.rest
 
     def run(self) -> None:
         """On the current stream."""

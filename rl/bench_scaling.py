@@ -222,7 +222,8 @@ class Made:
                 "samples": bench.samples, "max_batch": samples, "num_pages": samples * -(-(PROMPT + bench.tokens) // PAGE) + 64,
                 "page_size": PAGE, "prefill_chunk": 16384 if gpu else 2048, "record_indices": False, "threads": bench.threads,
             },
-            "learner": {"lr": 1e-6, "micro_tokens": 32768 if gpu else 4096, "threads": bench.threads, "checkpointing": gpu},
+            # Two ranks move all weights to each other for every micro-batch: few large ones.
+            "learner": {"lr": 1e-6, "micro_tokens": 65536 if gpu else 4096, "threads": bench.threads, "checkpointing": gpu},
             "algorithm": {"truncated": "keep", "recompute_old": False, "max_mismatch": 1e9},
             "indexer": {"train": "kl", "selection": "own", "min_overlap": 0.0},
             "schedule": {"steps": bench.steps, "save_every": 0},

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from winnow.rl.bench_models import SHAPES, random_model
 from winnow.rollout.transport import Layout, Member, Order, Ticket, checksum, fill, own_device, written
+from winnow.rollout.weights import Kept
 
 PARTS = ("nccl", "ipc", "store")  # the broadcast first: its raw rate is what the others are compared with too
 FULL = {"qwen3-1.7b": {"vocab_size": 151936, "tie_word_embeddings": True}}  # shapes whose head other benches cut
@@ -93,7 +94,7 @@ class Peer:
         named, sums = self.named(), []
         layout = Layout.of(named, 0, 1 << 26)
         buffer = torch.zeros(1 << 26, dtype=torch.uint8, device=self.device)
-        for _, bucket in fill(layout, iter(named.values()), lambda number: buffer.zero_()):
+        for _, bucket in fill(layout, iter(named.values()), lambda number: buffer.zero_(), Kept()):
             sums.append(written(checksum(bucket)))
         return sums
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from winnow.rollout.transport import Channel, LinkBroken, Ticket, within
 
 _POLL_S = 5e-5
+AHEAD = 4  # buckets
 
 
 class Group:
@@ -172,11 +173,12 @@ def receive(
     the first bucket is under way."""
     sent = torch.zeros(max(len(buckets), 1), 2, dtype=torch.int64, device=group.device)
     arrived = torch.zeros_like(sent)
-    works = [group.start(bucket) for bucket in buckets[:1]]
+    # Each bucket has memory of its own here, so some are always asked for ahead: the learner waits for none of what this process does.
+    works = [group.start(bucket) for bucket in buckets[:AHEAD]]
     meanwhile()
     for number, bucket in enumerate(buckets):
-        if number + 1 < len(buckets):  # before the checksum of this one, which it need not wait for
-            works.append(group.start(buckets[number + 1]))
+        if number + AHEAD < len(buckets):
+            works.append(group.start(buckets[number + AHEAD]))
         group.wait(works[number])
         arrived[number] = sums(bucket)
     group.wait(group.start(sent))

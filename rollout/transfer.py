@@ -31,7 +31,7 @@ from winnow.rollout.transport import (
     checksum,
     fill,
 )
-from winnow.rollout.weights import Staged, WeightError, check_match, state_of
+from winnow.rollout.weights import Kept, Staged, WeightError, check_match, state_of
 
 log = logging.getLogger("winnow.rollout")
 
@@ -44,6 +44,7 @@ class Sender:
         self._membership = broadcast.Membership()
         self._buffers: list[ipc.Bounce] = []
         self._opened: set[str] = set()  # incarnations that have mapped the buffers
+        self._kept = Kept()
 
     @property
     def address(self) -> str:
@@ -60,7 +61,7 @@ class Sender:
                 carrier.free(number)
                 return self._buffers[number % ipc.BUFFERS].data
 
-            for number, bucket in fill(layout, tensors, free):
+            for number, bucket in fill(layout, tensors, free, self._kept):
                 carrier.send(number, bucket, checksum)
             carrier.finish()
         except LinkBroken as error:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from winnow.rollout.weights import WeightError, copies
+from winnow.rollout.weights import Kept, WeightError
 
 Result = TypeVar("Result")
 ALIGN = 16  # bytes: a view of any dtype can start at every offset
@@ -69,6 +69,7 @@ class Layout:
     pieces: tuple[Piece, ...]
     nbytes: int
     bucket_bytes: int
+    written: str  # the pieces, as they are announced
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], version: int, bucket_bytes: int) -> Layout:
@@ -76,18 +77,18 @@ class Layout:
         if bucket_bytes < ALIGN or bucket_bytes % ALIGN:
             raise ValueError(f"a bucket of {bucket_bytes} bytes is no multiple of {ALIGN}: set cluster.bucket_mb >= 1")
         rows = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items())
-        pieces, nbytes = _laid_out(rows)
-        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes)
+        pieces, nbytes, written = _laid_out(rows)
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes, written=written)
 
     @classmethod
     def read(cls, text: str) -> Layout:
         head, _, names = text.partition("\n")
         version, bucket_bytes = json.loads(head)
-        pieces, nbytes = _laid_out(_rows(names))
-        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes)
+        pieces, nbytes, written = _laid_out(_rows(names))
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes, written=written)
 
     def write(self) -> str:
-        return f"{json.dumps([self.version, self.bucket_bytes])}\n{_text(self.pieces)}"
+        return f"{json.dumps([self.version, self.bucket_bytes])}\n{self.written}"
 
     @property
     def num_buckets(self) -> int:
@@ -121,20 +122,15 @@ class Layout:
 
 
 @lru_cache(maxsize=8)
-def _laid_out(rows: tuple[tuple[str, tuple[int, ...], str], ...]) -> tuple[tuple[Piece, ...], int]:
-    """(name, shape, dtype) of each tensor -> where it lies, and the bytes in all."""
+def _laid_out(rows: tuple[tuple[str, tuple[int, ...], str], ...]) -> tuple[tuple[Piece, ...], int, str]:
+    """(name, shape, dtype) of each tensor -> where it lies, the bytes in all, and the rows as text."""
     pieces, offset = [], 0
     for name, shape, dtype in rows:
         nbytes = prod(shape) * getattr(torch, dtype).itemsize
         strides = (*accumulate(shape[:0:-1], mul, initial=1),)[::-1] if shape else ()
         pieces.append(Piece(name=name, shape=shape, strides=strides, dtype=dtype, offset=offset, nbytes=nbytes))
         offset += -(-nbytes // ALIGN) * ALIGN
-    return tuple(pieces), offset
-
-
-@lru_cache(maxsize=8)
-def _text(pieces: tuple[Piece, ...]) -> str:
-    return json.dumps([[piece.name, piece.shape, piece.dtype] for piece in pieces])
+    return tuple(pieces), offset, json.dumps(rows)
 
 
 @lru_cache(maxsize=8)
@@ -142,19 +138,25 @@ def _rows(text: str) -> tuple[tuple[str, tuple[int, ...], str], ...]:
     return tuple((name, tuple(shape), dtype) for name, shape, dtype in json.loads(text))
 
 
-def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+def fill(
+    layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor], kept: Kept
+) -> Iterator[tuple[int, Tensor]]:
     """(number, bytes) of each bucket of the stream, in order. free(number): a uint8 buffer of `bucket_bytes` that may be overwritten now.
+    kept: what copying needs, for as long as the sender sends.
 
     Tensors that lie within a bucket are copied together when it is full; until then a bucket's worth of them is kept.
     """
     number, buffer, size = 0, free(0) if layout.nbytes else torch.empty(0, dtype=torch.uint8), layout.bucket_bytes
-    typed = layout.typed(buffer)
-    places: list[Tensor] = []
+    pieces: list[Piece] = []
     sources: list[Tensor] = []
 
+    def targets() -> list[Tensor]:
+        typed = layout.typed(buffer)
+        return [piece.of(typed, piece.offset - number * size) for piece in pieces]
+
     def settle() -> None:
-        copies(places, sources)()
-        places.clear()
+        kept.run(number, buffer, sources, targets)
+        pieces.clear()
         sources.clear()
 
     for piece, tensor in zip(layout.pieces, tensors, strict=True):
@@ -169,9 +171,8 @@ def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor
             yield number, buffer
             number += 1
             buffer = free(number)
-            typed = layout.typed(buffer)
         if piece.nbytes and at + piece.nbytes <= (number + 1) * size:
-            places.append(piece.of(typed, at - number * size))
+            pieces.append(piece)
             sources.append(tensor.detach())
             continue
         rest = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if piece.nbytes else buffer[:0]
@@ -181,7 +182,6 @@ def fill(layout: Layout, tensors: Iterator[Tensor], free: Callable[[int], Tensor
                 yield number, buffer
                 number += 1
                 buffer = free(number)
-                typed = layout.typed(buffer)
             inside = at - number * size
             part = rest[: size - inside]
             buffer[inside : inside + part.numel()].copy_(part)

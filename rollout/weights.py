@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -98,12 +98,17 @@ def _there(kept: dict[str, Any]) -> tuple[str, ...]:
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` in a fraction of its time, which is half of a transfer's on a fast link: the modules are walked once, and again
     when one has come or gone. Tensors may be replaced."""
-    found = _PLACES.get(model)
-    if found is None or not found.hold:
-        found = _PLACES[model] = _Places.of(model)
+    found = _known(model)
     if found.places is None:
         return model.state_dict()
     return {name: held[key].detach() for name, held, key in found.places}
+
+
+def _known(model: nn.Module) -> _Places:
+    found = _PLACES.get(model)
+    if found is None or not found.hold:
+        found = _PLACES[model] = _Places.of(model)
+    return found
 
 
 def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]] | None:
@@ -243,24 +248,72 @@ class Staged(dict[str, Tensor]):
         super().__init__(tensors)
         targets = state_of(model)
         check_match(targets, {name: tensor.shape for name, tensor in tensors.items()}, version)
-        self._places = {name: _place(tensor) for name, tensor in targets.items()}
-        self.run = copies([targets[name] for name in tensors], list(tensors.values()))
+        self._places = _where(model)
+        self.run = copies([targets[name] for name in tensors], list(tensors.values())).run
 
     def fit(self, model: nn.Module) -> bool:
         """Whether they were staged for the weights that the model has now."""
-        return self._places == {name: _place(tensor) for name, tensor in state_of(model).items()}
+        return self._places == _where(model)
 
 
-def copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
-    """What copies each source to its target, in a few launches for all, whenever it is called. They must stay where they are."""
+def _where(model: nn.Module) -> dict[str, tuple]:
+    """Where each tensor of `state_of` lies, and what it is; quicker, for an engine stands still while it is asked."""
+    found = _known(model)
+    if found.places is None:
+        return {name: _place(tensor) for name, tensor in model.state_dict().items()}
+    return {name: _place(held[key]) for name, held, key in found.places}
+
+
+class Copying(Protocol):
+    """`run` copies; `release`: whether no tensor is held from here on, as `kernels.byte_copies.Copies` has them."""
+
+    def run(self) -> None: ...
+
+    def release(self) -> bool: ...
+
+
+def copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Copying:
+    """What copies each source to its target, in a few launches for all, whenever it is run. They must stay where they are."""
     if targets and targets[0].is_cuda:
         from winnow.kernels.byte_copies import Copies
 
-        return Copies(targets, sources).run
+        return Copies(targets, sources)
+    return _TorchCopies(list(targets), list(sources))
+
+
+@dataclass(frozen=True, slots=True)
+class _TorchCopies:
+    targets: list[Tensor]
+    sources: list[Tensor]
 
     @torch.no_grad()
-    def run() -> None:
-        if targets:
-            torch._foreach_copy_(list(targets), list(sources))
+    def run(self) -> None:
+        if self.targets:
+            torch._foreach_copy_(self.targets, self.sources)
 
-    return run
+    def release(self) -> bool:
+        return not self.targets
+
+
+class Kept:
+    """Copies that are made again and again: a learner's tensors, and the buffer that they go to, are where they were a version ago. What was
+    found out about them is kept, and no tensor with it."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, Copying]] = {}
+
+    def run(
+        self, number: int, buffer: Tensor, sources: Sequence[Tensor], targets: Callable[[], Sequence[Tensor]]
+    ) -> None:
+        """Of the parts of a bucket; targets: views of the buffer, made only where they are needed."""
+        key = (buffer.data_ptr(), [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources])
+        found = self._made.get(number)
+        if found is not None and found[0] == key:
+            found[1].run()
+            return
+        made = copies(targets(), sources)
+        made.run()
+        if made.release():
+            self._made[number] = (key, made)
+        else:
+            self._made.pop(number, None)

@@ -1,6 +1,7 @@
 """Copies of many tensors in one launch and the checksum's sums in one pass, against torch; bits, so on every device alike."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ if not GPU:
 pytest.importorskip("triton")
 
 from winnow.kernels import byte_copies  # noqa: E402
+from winnow.rollout import weights  # noqa: E402
 from winnow.rollout.transport import checksum  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -52,6 +54,44 @@ def test_everything_arrives_and_nothing_else_is_touched() -> None:
         for source in sources:
             source.add_(turn + 1)  # the same copies again, of other numbers
     byte_copies.Copies([], []).run()
+
+
+def test_copies_are_kept_for_tensors_that_stay_and_hold_none(monkeypatch) -> None:
+    monkeypatch.setattr(weights, "copies", byte_copies.Copies)
+    kept, made = weights.Kept(), []
+    buffers = [torch.zeros(24, device=DEV) for _ in range(2)]
+
+    def bucket(number: int, sources: list[torch.Tensor]) -> torch.Tensor:
+        buffer = buffers[number % 2].fill_(-1)
+
+        def targets() -> list[torch.Tensor]:
+            made.append(number)
+            return [
+                part.view(s.shape)
+                for part, s in zip(
+                    buffer.split([s.numel() for s in sources] + [24 - sum(s.numel() for s in sources)]), sources
+                )
+            ]
+
+        kept.run(number, buffer, sources, targets)
+        return buffer
+
+    a, b = torch.randn(2, 4, device=DEV), torch.randn(8, device=DEV)
+    for turn in range(3):
+        for number in range(2):
+            assert torch.equal(bucket(number, [a, b])[:16], torch.cat([a.flatten(), b]))
+        a.add_(turn), b.mul_(2)
+    assert made == [0, 1], "found out once"
+    moved = a.clone()
+    assert torch.equal(bucket(0, [moved, b])[:8], moved.flatten()) and made == [0, 1, 0]
+    assert torch.equal(bucket(0, [b, moved])[:8], b) and made == [0, 1, 0, 0], "in another order"
+    turned = moved.T.contiguous().T  # torch copies it, so nothing is kept
+    for _ in range(2):
+        assert torch.equal(bucket(0, [turned, b])[:8], turned.flatten())
+    assert made == [0, 1, 0, 0, 0, 0]
+    gone = weakref.ref(a)
+    del a
+    assert gone() is None, "a learner that was replaced would stay in memory"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from winnow.rollout.transport import (
     fill,
     written,
 )
-from winnow.rollout.weights import WeightError, copy_into, untied
+from winnow.rollout.weights import Kept, WeightError, copy_into, untied
 
 KINDS = ["ipc", "nccl"]
 BUCKET = 1 << 12
@@ -69,7 +69,7 @@ def test_a_stream_of_any_bucket_size_holds_every_byte(bucket: int) -> None:
     assert layout == Layout.of(tensors, 4, bucket) and all(piece.offset % 16 == 0 for piece in layout.pieces)
     buffers = [torch.full((bucket,), 255, dtype=torch.uint8) for _ in range(2)]
     stream, numbers = torch.full((layout.nbytes,), 77, dtype=torch.uint8), []
-    for number, data in fill(layout, iter(tensors.values()), lambda number: buffers[number % 2]):
+    for number, data in fill(layout, iter(tensors.values()), lambda number: buffers[number % 2], Kept()):
         stream[layout.span(number)] = data
         numbers.append(number)
     assert numbers == list(range(layout.num_buckets))
@@ -87,7 +87,7 @@ def test_a_tensor_that_is_not_what_was_announced_is_refused(other: torch.Tensor)
     """One copy for many tensors would broadcast a smaller one, and cast another dtype."""
     layout = Layout.of({"a": torch.zeros(3), "b": torch.zeros(4)}, 5, 64)
     with pytest.raises(WeightError, match=r"version 5: tensor 'b' is .* was announced"):
-        list(fill(layout, iter([torch.zeros(3), other]), lambda number: torch.zeros(64, dtype=torch.uint8)))
+        list(fill(layout, iter([torch.zeros(3), other]), lambda number: torch.zeros(64, dtype=torch.uint8), Kept()))
 
 
 @pytest.mark.parametrize("words", [2, 510, 512, 514, 512 * 9 + 6])
