@@ -293,29 +293,32 @@ def _flash_mla() -> Any:
 
 
 def kl_rows(source: Sets, length: int = 32768) -> Iterator[Row]:
-    """Dense warm-up loss with gradients, indexer 16 x 128, against dense attention; and over sets."""
+    """Dense warm-up loss with gradients, indexer 16 x 128, against dense attention; and over sets; each for both targets."""
     from winnow.kernels.indexer_kl import kl_and_gradients
+    from winnow.kernels.omission import omission
     from winnow.kernels.sparse_prefill import sparse_prefill
 
     peer, peer_ms = dense_attention(length)
+    weight = draw(2048, 32 * 128, seed=8, scale=0.02)
     q, k, v = (draw(length, h, 128, seed=i) for i, h in enumerate((32, 8, 8)))
     index = (draw(length, 16, 128, seed=5), draw(length, 128, seed=6), draw(length, 16, seed=7, scale=0.02).float())
     cu = torch.tensor([0, length], dtype=torch.int32, device="cuda")
     kinds: list[tuple[str, Selection | None]] = [("dense", None)]
     kinds += [(f"over S_t, {name}", sets) for name, sets in _with_uniform(source, length)]
     for name, sets in kinds:
-        lse = sparse_prefill(q, k, v, cu, sets, 128**-0.5)[1]
-        run = (*index, q, k, lse, cu, sets, 128**-0.5, None)
-        memory = extra_bytes(lambda: kl_and_gradients(*run)) / 1e9  # noqa: B023
-        ms = median_ms(lambda: kl_and_gradients(*run), 3)  # noqa: B023
-        yield Row(
-            f"indexer KL forward + backward {length}, {name}",
-            ms,
-            peer,
-            peer_ms,
-            ms / peer_ms,
-            f"extra memory {memory:.2f} GB",
-        )
+        out, lse = sparse_prefill(q, k, v, cu, sets, 128**-0.5)
+        for target, cost in (("attention", None), ("output", omission(v, out, weight))):
+            run = (*index, q, k, lse, cu, sets, 128**-0.5, cost)
+            memory = extra_bytes(lambda: kl_and_gradients(*run)) / 1e9  # noqa: B023
+            ms = median_ms(lambda: kl_and_gradients(*run), 3)  # noqa: B023
+            yield Row(
+                f"indexer KL forward + backward {length}, {name}, target {target}",
+                ms,
+                peer,
+                peer_ms,
+                ms / peer_ms,
+                f"extra memory {memory:.2f} GB",
+            )
 
 
 def logprob_rows(_: Sets, tokens: int = 32768, vocabulary: int = 151936, width: int = 2048) -> Iterator[Row]:
