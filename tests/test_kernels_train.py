@@ -221,6 +221,7 @@ def test_lists_with_room_are_lists_end_to_end(monkeypatch):
         randn(tokens, 3, seed=7).to(DEV),
     ]
     index[2] = index[2].to(index[0].dtype)
+    project = randn(20, 4 * 16, seed=8).to(DEV, DTYPE)
 
     def run():
         lists = list(key_lists(query_blocks(cu, 8), sets, bitmap_bytes=1 << 9))
@@ -232,8 +233,10 @@ def test_lists_with_room_are_lists_end_to_end(monkeypatch):
             torch.equal(a, b)
             for a, b in zip(grads, sparse_backward(grad, q, k, v, out, lse, cu, sets, 0.3, kept=kept), strict=True)
         )
-        total, rows, by_index = kl_and_gradients(*index, q, k, lse, cu, sets, 0.3)
-        return [x for piece in lists for x in listed(piece)], lists, (out, lse, *grads, rows, *by_index), float(total)
+        total, rows, by_index = kl_and_gradients(*index, q, k, lse, cu, sets, 0.3, None)
+        by_output = kl_and_gradients(*index, q, k, lse, cu, sets, 0.3, omission(v, out, project))[2]
+        results = (out, lse, *grads, rows, *by_index, *by_output)
+        return [x for piece in lists for x in listed(piece)], lists, results, float(total)
 
     wanted, roomy, results, total = run()
     monkeypatch.setattr("winnow.kernels.key_lists.ROOMY", 0)
@@ -473,16 +476,18 @@ def test_gradients_repeat_bit_for_bit():
     mla_out, mla_lse = mla_prefill(*mla[:2], rows, 0.05)
     index = [randn(tokens, *s, seed=7).to(DEV, DTYPE) for s in ((3, 16), (16,), (3,))]
     hidden, weight = (randn(n, 16, seed=8).to(DEV, DTYPE).requires_grad_() for n in (tokens, 90))
+    project = randn(20, 2 * 16, seed=9).to(DEV, DTYPE)
 
     def once():
         logprob, entropy = token_logprobs(
             hidden, weight, torch.arange(tokens, device=DEV), torch.ones(tokens, device=DEV), vocabulary=64
         )
-        total, _, index_grads = kl_and_gradients(*index, q, k_, lse, cu, sets, 0.3)
+        total, _, index_grads = kl_and_gradients(*index, q, k_, lse, cu, sets, 0.3, None)
+        by_output = kl_and_gradients(*index, q, k_, lse, cu, sets, 0.3, omission(v, out, project))[2]
         return [
             *sparse_backward(grad, q, k_, v, out, lse, cu, sets, 0.3),
             *mla_backward(mla[2], *mla[:2], mla_out, mla_lse, rows, 0.05),
-            total, *index_grads, *torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight)),
+            total, *index_grads, *by_output, *torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight)),
         ]  # fmt: skip
 
     first = once()
