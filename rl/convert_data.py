@@ -137,7 +137,11 @@ def split_holdout(sequences: list[list[int]], tokens: int, seed: int) -> tuple[l
     while order and (not held or (count < tokens and len(held) + 1 <= len(sequences) // 5)):
         held.append(sequences[order.pop()])
         count += len(held[-1])
-    return [sequences[i] for i in order], held
+    train, unseen = [sequences[i] for i in order], {tuple(window) for window in held}
+    for window in train:
+        if isinstance(window, Window) and tuple(window.rest) in unseen:  # or a window cut elsewhere would show it
+            window.rest = ()
+    return train, held
 
 
 def first_tokens(sequences: list[list[int]], tokens: int) -> list[list[int]]:

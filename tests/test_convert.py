@@ -181,6 +181,16 @@ def test_later_epochs_are_cut_elsewhere():
     assert [text for _ in range(60) for text in _texts(next(again))] == texts
 
 
+def test_windows_cut_elsewhere_show_nothing_that_is_held_out():
+    windows = convert_data.windows([list(range(1000)), list(range(2000, 2050))], 10)
+    train, held = convert_data.split_holdout(windows, 150, 3)
+    unseen = {token for window in held for token in window}
+    stream = convert_data.batches(train, 10, 0)
+    seen = {token for _ in range(20 * len(train)) for token in next(stream).tokens.tolist()}
+    assert len(held) >= 15 and not seen & unseen
+    assert seen == {token for window in train for token in window}
+
+
 def _texts(batch):
     return [part.tolist() for part in batch.tokens.split(batch.lengths)]
 
