@@ -338,12 +338,15 @@ def test_a_training_layer_asks_the_device_nothing(longest, monkeypatch):
     index = [
         randn(*shape, seed=9).to(DEV, DTYPE).requires_grad_() for shape in ((tokens, 3, 16), (tokens, 16), (tokens, 3))
     ]
+    project = randn(20, 4 * 16, seed=8).to(DEV, DTYPE)
 
     def layer():
         sets = gpu_ops.select_packed(*(x.detach() for x in index), cu, positions, k, faults)
         out, lse = gpu_train.sparse_attention(*heads, cu, sets, 0.3)
-        kl, rows = gpu_train.indexer_kl(*index, heads[0].detach(), heads[1].detach(), lse, cu, sets, 0.3, None)
-        (out.sum() + kl / rows).backward()
+        for cost in (None, omission(heads[2], out, project)):
+            kl, rows = gpu_train.indexer_kl(*index, heads[0].detach(), heads[1].detach(), lse, cu, sets, 0.3, cost)
+            (kl / rows).backward()
+        out.sum().backward()
 
     layer()
     questions = asked(monkeypatch)
