@@ -69,7 +69,7 @@ class Layout:
     pieces: tuple[Piece, ...]
     nbytes: int
     bucket_bytes: int
-    written: str  # the pieces, as they are announced
+    announced: str  # the pieces, as text
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], version: int, bucket_bytes: int) -> Layout:
@@ -77,18 +77,18 @@ class Layout:
         if bucket_bytes < ALIGN or bucket_bytes % ALIGN:
             raise ValueError(f"a bucket of {bucket_bytes} bytes is no multiple of {ALIGN}: set cluster.bucket_mb >= 1")
         rows = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items())
-        pieces, nbytes, written = _laid_out(rows)
-        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes, written=written)
+        pieces, nbytes, announced = _laid_out(rows)
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes, announced=announced)
 
     @classmethod
     def read(cls, text: str) -> Layout:
         head, _, names = text.partition("\n")
         version, bucket_bytes = json.loads(head)
-        pieces, nbytes, written = _laid_out(_rows(names))
-        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes, written=written)
+        pieces, nbytes, announced = _laid_out(_rows(names))
+        return cls(version=version, pieces=pieces, nbytes=nbytes, bucket_bytes=bucket_bytes, announced=announced)
 
     def write(self) -> str:
-        return f"{json.dumps([self.version, self.bucket_bytes])}\n{self.written}"
+        return f"{json.dumps([self.version, self.bucket_bytes])}\n{self.announced}"
 
     @property
     def num_buckets(self) -> int:
@@ -150,12 +150,14 @@ def fill(
     pieces: list[Piece] = []
     sources: list[Tensor] = []
 
-    def targets() -> list[Tensor]:
-        typed = layout.typed(buffer)
-        return [piece.of(typed, piece.offset - number * size) for piece in pieces]
-
     def settle() -> None:
-        kept.run(number, buffer, sources, targets)
+        offsets = [piece.offset - number * size for piece in pieces]
+
+        def targets() -> list[Tensor]:
+            typed = layout.typed(buffer)
+            return [piece.of(typed, at) for piece, at in zip(pieces, offsets, strict=True)]
+
+        kept.run(number, buffer, offsets, sources, targets)
         pieces.clear()
         sources.clear()
 

@@ -303,10 +303,15 @@ class Kept:
         self._made: dict[int, tuple[Any, Copying]] = {}
 
     def run(
-        self, number: int, buffer: Tensor, sources: Sequence[Tensor], targets: Callable[[], Sequence[Tensor]]
+        self,
+        number: int,
+        buffer: Tensor,
+        offsets: Sequence[int],
+        sources: Sequence[Tensor],
+        targets: Callable[[], Sequence[Tensor]],
     ) -> None:
-        """Of the parts of a bucket; targets: views of the buffer, made only where they are needed."""
-        key = (buffer.data_ptr(), [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources])
+        """Of the parts of a bucket, to these bytes of the buffer; targets: the views of it, made only where they are needed."""
+        key = (buffer.data_ptr(), list(offsets), [_place(t) for t in sources])
         found = self._made.get(number)
         if found is not None and found[0] == key:
             found[1].run()

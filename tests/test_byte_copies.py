@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from winnow.kernels import byte_copies  # noqa: E402
 from winnow.rollout import weights  # noqa: E402
-from winnow.rollout.transport import checksum  # noqa: E402
+from winnow.rollout.transport import Layout, checksum, fill  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 DEV = torch.device("cuda" if GPU else "cpu")
@@ -69,7 +69,7 @@ def test_copies_are_kept_for_tensors_that_stay_and_hold_none(monkeypatch) -> Non
             parts = buffer[: sum(s.numel() for s in sources)].split([s.numel() for s in sources])
             return [part.view(s.shape) for part, s in zip(parts, sources, strict=True)]
 
-        kept.run(number, buffer, sources, targets)
+        kept.run(number, buffer, [4 * part for part in range(len(sources))], sources, targets)
         return buffer
 
     a, b = torch.randn(2, 4, device=DEV), torch.randn(8, device=DEV)
@@ -88,6 +88,25 @@ def test_copies_are_kept_for_tensors_that_stay_and_hold_none(monkeypatch) -> Non
     gone = weakref.ref(a)
     del a
     assert gone() is None, "a learner that was replaced would stay in memory"
+
+
+def test_kept_copies_know_where_in_the_buffer_they_go(monkeypatch) -> None:
+    """The checksum is made of the filled buffer: it would not see that a tensor lies where it lay in another layout."""
+    monkeypatch.setattr(weights, "copies", byte_copies.Copies)
+    kept, buffers = weights.Kept(), [torch.zeros(96, dtype=torch.uint8, device=DEV) for _ in range(2)]
+    tensors = {name: torch.randn(n, device=DEV) for name, n in (("long", 16), ("a", 4), ("b", 4))}
+    for bucket_bytes in (
+        48,
+        64,
+        96,
+        48,
+    ):  # "a" and "b" are in bucket 1 from byte 16 on, then from byte 0, then in bucket 0
+        layout = Layout.of(tensors, 1, bucket_bytes)
+        stream = torch.zeros(layout.nbytes, dtype=torch.uint8, device=DEV)
+        free = [buffer[:bucket_bytes] for buffer in buffers]
+        for number, data in fill(layout, iter(tensors.values()), lambda number: free[number % 2].fill_(9), kept):  # noqa: B023
+            stream[layout.span(number)] = data
+        assert all(torch.equal(found, tensors[name]) for name, found in layout.tensors(stream).items()), bucket_bytes
 
 
 @pytest.mark.parametrize(

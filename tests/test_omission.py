@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from winnow.kernels import ops
-from winnow.kernels.omission import omission
+from winnow.kernels.omission import Omission, omission
+from winnow.kernels.torch_indexer import attention_target
 from winnow.models.attach import attach, base_parameters, indexer_config, indexer_parameters
-from winnow.models.context import IndexerLoss, train_context
+from winnow.models.context import IndexerLoss, LayerInputs, train_context
 from winnow.models.forward import hidden_states
 from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, save
@@ -104,3 +105,36 @@ def test_the_target_is_kept_with_the_model(tmp_path):
     assert indexer_config(load(tmp_path / "model", "float32", "cpu")) == INDEXER
     with pytest.raises(ValueError, match=r"indexer\.target is 'value', but it must be one of"):
         dataclasses.replace(INDEXER, target="value")
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 60])  # k - 1, k, k + 1, far above
+@pytest.mark.parametrize("values", ["equal", "zero", "one"])
+def test_rows_that_lose_nothing_still_have_a_target(length, values):
+    """All values alike, all zero, or one key with all of the attention: every distance is 0 or nearly, and the target a distribution."""
+    draw = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(length, heads, 8, generator=draw) for heads in (4, 2))
+    v = {"equal": torch.ones(length, 2, 8), "zero": torch.zeros(length, 2, 8), "one": torch.randn(length, 2, 8)}[values]
+    if values == "one":
+        q, k = torch.ones_like(q), torch.zeros_like(k)
+        k[0] = 30.0
+    cu, weight = torch.tensor([0, length], dtype=torch.int32), torch.randn(16, 32, generator=draw)
+    index = [
+        torch.randn(*shape, generator=draw, requires_grad=True) for shape in ((length, 2, 8), (length, 8), (length, 2))
+    ]
+    positions = torch.arange(length)
+    sets = ops.select_packed(*(x.detach() for x in index), cu, positions, 8, "indexer", None)
+    for chosen in (None, sets):
+        out, lse = ops.sparse_attention(q, k, v, cu, chosen, 1.0)
+        kl, rows = ops.indexer_kl(*index, q, k, lse, cu, chosen, 1.0, omission(v, out, weight))
+        gradients = torch.autograd.grad(kl, index)
+        assert rows == length and torch.isfinite(kl) and all(g.isfinite().all() for g in gradients)
+    whole = ops.sparse_attention(q, k, v, cu, None, 1.0)
+    x = LayerInputs(layer=0, leader=0, indexer=None, inputs=(), q=q, k=k, lse=whole[1], cu_seqlens=cu, selection=None, scale=1.0,
+                    cost=omission(v, whole[0], weight))  # fmt: skip
+    best = best_sets(x, positions, 8)
+    keep = torch.ones(1, length, length, dtype=torch.bool).tril()
+    cost = Omission(*(part[None] for part in x.cost))
+    target = attention_target(q[None], k[None], whole[1][None], keep, 1.0, cost)
+    torch.testing.assert_close(target.sum(-1), torch.ones(1, length))
+    if values == "one":
+        assert (best.indices == 0).any(1).all(), "a key that is attended to alone is in every set"
