@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -168,10 +170,24 @@ def over_ranks(world: int, job: Callable[..., Any], tmp_path: Path, folder: Path
     return [pickle.loads(Path(out, f"{rank}.pkl").read_bytes()) for rank in range(world)]
 
 
-@pytest.mark.parametrize(("world", "micro_tokens"), [(1, 30), (1, 1), (2, 1000), (4, 30)])
+@pytest.mark.parametrize(
+    ("world", "micro_tokens", "target"),
+    [
+        (1, 30, "attention"),
+        (1, 1, "attention"),
+        (2, 1000, "attention"),
+        (4, 30, "attention"),
+        (1, 30, "output"),
+        (2, 30, "output"),
+    ],
+)
 def test_any_split_gives_the_same_loss_gradients_and_sgd_update(
-    world: int, micro_tokens: int, folder: Path, tmp_path: Path
+    world: int, micro_tokens: int, target: str, folder: Path, tmp_path: Path
 ) -> None:
+    folder = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["winnow"]["target"] = target  # "output" reads a projection's weights, which FSDP splits
+    (folder / "config.json").write_text(json.dumps(config))
     want = learned(Ranks(), str(folder), str(tmp_path), 1000)
     if world == 1:
         got = learned(Ranks(), str(folder), str(tmp_path), micro_tokens)
