@@ -78,7 +78,8 @@ def draw(
     logits: Tensor, temperature: Tensor, uniform: Tensor, tokens: Tensor | None = None, logprobs: Tensor | None = None,
     bad: Tensor | None = None, given: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One token a row: tokens int64 [rows], logprobs fp32 [rows], bad int32 [1], which turns 1 when a row's peak is not finite.
+    """One token a row: tokens int64 [rows], logprobs fp32 [rows], bad int32 [1], which turns 1 when a row's peak is not finite. Tokens are ids
+    of the vocabulary even then: the next step may read them before the host has seen the flag.
 
     logits [rows, V]; temperature fp32 [rows], 0 takes the largest logit (lowest id on ties; its log-probability is of temperature 1);
     uniform fp64 [rows] in [0, 1). given: only the log-probabilities of `tokens` are wanted, the same bits as when they were drawn.

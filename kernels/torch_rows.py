@@ -85,5 +85,6 @@ def draw(
         mass = upto[:, -1:].contiguous()
         chosen = torch.searchsorted(upto, uniform[:, None] * mass, right=True)
         chosen = torch.minimum(chosen, torch.searchsorted(upto, mass))  # never past the last token with a probability
-        tokens.copy_(torch.where(temperature[:, None] > 0, chosen, wide.argmax(1, keepdim=True))[:, 0])
-    logprobs.copy_((warm.gather(1, tokens.clamp(0, logits.shape[1] - 1)[:, None]) - total)[:, 0])
+        drawn = torch.where(temperature[:, None] > 0, chosen, wide.argmax(1, keepdim=True))[:, 0]
+        tokens.copy_(drawn.clamp(0, logits.shape[1] - 1))
+    logprobs.copy_((warm.gather(1, tokens[:, None]) - total)[:, 0])

@@ -31,7 +31,7 @@ BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows; beyon
 LEAST = 2048  # the smallest capacity of a model without an indexer
 ALIGN = 256  # bytes: kernels are compiled for aligned addresses
 # One number a row of each goes to the device, in one copy, and comes back.
-INPUTS = {"ids": torch.int64, "positions": torch.int64, "slots": torch.int64, "rows": torch.int64, "columns": torch.int64,
+INPUTS = {"ids": torch.int64, "after": torch.int64, "positions": torch.int64, "slots": torch.int64, "rows": torch.int64, "columns": torch.int64,
           "pages": torch.int32, "lengths": torch.int32, "temperature": torch.float32, "uniform": torch.float64}  # fmt: skip
 OUTPUTS = {"tokens": torch.int64, "logprobs": torch.float32, "flags": torch.int32}
 
@@ -58,29 +58,57 @@ class Stepped:
 
 
 class Block:
-    """Named arrays of one number a row in one piece of memory, on the device and (pinned) on the host."""
+    """Named arrays of one number a row in one piece of memory, on the device and twice (pinned) on the host: while a step is under way,
+    the host fills the other one for the next."""
 
     def __init__(self, fields: dict[str, torch.dtype], rows: int, device: torch.device) -> None:
         sizes = [kind.itemsize * rows for kind in fields.values()]
         starts = np.cumsum([0, *(-(-size // ALIGN) * ALIGN for size in sizes)])
         self.device = torch.zeros(int(starts[-1]), dtype=torch.uint8, device=device)
-        self.host = (
-            torch.zeros(int(starts[-1]), dtype=torch.uint8, pin_memory=True) if device.type == "cuda" else self.device
-        )
         self.on_device: dict[str, Tensor] = {}
-        self.on_host: dict[str, np.ndarray] = {}
+        self._hosts = [
+            torch.zeros(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)
+        ]
+        self._views: list[dict[str, np.ndarray]] = [{}, {}]
+        self._turn = 0
         for (name, kind), size, start in zip(fields.items(), sizes, starts.tolist(), strict=False):
             self.on_device[name] = self.device[start : start + size].view(kind)
-            self.on_host[name] = self.host[start : start + size].view(kind).numpy()
+            for host, views in zip(self._hosts, self._views, strict=True):
+                views[name] = host[start : start + size].view(kind).numpy()
+
+    def turn(self) -> dict[str, np.ndarray]:
+        """The host's other arrays; those of two turns ago are written over."""
+        self._turn = 1 - self._turn
+        return self._views[self._turn]
 
     def send(self) -> None:
-        if self.host is not self.device:
-            self.device.copy_(self.host, non_blocking=True)
+        self.device.copy_(self._hosts[self._turn], non_blocking=True)
 
     def fetch(self) -> None:
         """Starts the copy to the host; the caller waits."""
-        if self.host is not self.device:
-            self.host.copy_(self.device, non_blocking=True)
+        self._hosts[self._turn].copy_(self.device, non_blocking=True)
+
+
+@dataclass(slots=True, kw_only=True)
+class Launched:
+    """A step under way: its shape and rows, when it is over, where its outputs arrive on the host, its logits, the copy of its sets."""
+
+    shape: Shape
+    count: int
+    done: Any  # a CUDA event; None where nothing runs behind the host's back
+    host: dict[str, np.ndarray]
+    logits: Tensor | None
+    copy: Copy | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Copy:
+    """Recorded sets on their way: when they are in `source` (pinned), the array that they go to, and what must live until then."""
+
+    done: Any
+    source: Tensor
+    target: np.ndarray
+    staged: Tensor
 
 
 class Decoding:
@@ -109,17 +137,21 @@ class Decoding:
         self._outputs: dict[int, Block] = {}
         self._steps: dict[Shape, tuple[Callable[[], None], dict[str, Tensor]]] = {}
         self._pool: Any = None
-        self._pinned: dict[Shape, Tensor] = {}
-        self._copying: tuple[Any, Tensor, np.ndarray, Tensor] | None = (
-            None  # when done, from, to, what must live until then
-        )
+        self._pinned: dict[Shape, list[Tensor]] = {}  # two, used in turn
+        self._copying: Copy | None = None  # of the step that landed last
         self._side = torch.cuda.Stream() if self.device.type == "cuda" else None  # copies of sets
         self.branch = torch.cuda.Stream() if capture else None  # of a graph: sets beside the layer's projections
         self.graphs = 0
 
-    def run(self, state: Slots, slots: np.ndarray, draws: bool, records: bool) -> Stepped:
-        """One token for each batch slot of `slots`, whose sequences have their pages. ValueError: a score or logit is not finite."""
-        lengths = state.length[slots]
+    def launch(
+        self, state: Slots, slots: np.ndarray, lengths: np.ndarray, draws: bool, records: bool,
+        after: tuple[Launched, np.ndarray] | None,
+    ) -> Launched | None:  # fmt: skip
+        """Starts a step: one token for each batch slot of `slots`, whose sequences have `lengths` tokens and their pages.
+
+        after: the step under way (one at most), which draws its tokens, and the row of it, int64 [rows], whose token is each sequence's newest;
+        None: `state.last` are. None where the step has a shape that must be captured first, which `after` would not survive.
+        """
         longest = int(lengths.max())
         rows = self.buckets[bisect_left(self.buckets, len(slots))]
         capacity = self.capacities[bisect_left(self.capacities, longest)]
@@ -128,36 +160,52 @@ class Decoding:
             self._inputs[rows] = Block(INPUTS, rows, self.device)
             self._outputs[rows] = Block(OUTPUTS, rows, self.device)
         if shape not in self._steps:
+            if after is not None:
+                return None
             self._steps[shape] = self._prepare(shape)
-        self._fill(self._inputs[rows].on_host, state, slots, lengths)
-        self._inputs[rows].send()
+        inputs, outputs = self._inputs[rows], self._outputs[rows]
+        self._fill(inputs.turn(), state, slots, lengths, None if after is None else after[1])
+        inputs.send()
+        if after is not None:
+            drawn = self._outputs[after[0].shape.rows].on_device["tokens"]
+            torch.index_select(drawn, 0, inputs.on_device["after"], out=inputs.on_device["ids"])
         replay, static = self._steps[shape]
         replay()
-        outputs = self._outputs[rows]
+        host = outputs.turn()
         outputs.fetch()
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         if done is not None:
             done.record()
-        sets = self._copy_sets(shape, static["sets"], len(slots)) if shape.records else None
-        if done is not None:
-            done.synchronize()
-        self._check(outputs.on_host["flags"])
-        if not draws:
-            return Stepped(None, None, static["logits"][: len(slots)], sets)
-        host = outputs.on_host
-        return Stepped(host["tokens"][: len(slots)].copy(), host["logprobs"][: len(slots)].copy(), None, sets)
+        copy = self._copy_sets(shape, static["sets"], len(slots)) if shape.records else None
+        logits = None if draws else static["logits"][: len(slots)]
+        return Launched(shape=shape, count=len(slots), done=done, host=host, logits=logits, copy=copy)
+
+    def land(self, step: Launched, wanted: bool = True) -> Stepped:
+        """Waits for a step. ValueError: a score or logit is not finite, unless none of it is `wanted` any more."""
+        if step.done is not None:
+            step.done.synchronize()
+        self.flush()
+        self._copying = step.copy
+        if wanted:
+            self._check(step.host["flags"])
+        sets = None if step.copy is None else step.copy.target
+        if step.logits is not None:
+            return Stepped(None, None, step.logits, sets)
+        tokens, logprobs = (step.host[name][: step.count].copy() for name in ("tokens", "logprobs"))
+        return Stepped(tokens, logprobs, None, sets)
 
     def flush(self) -> None:
-        """Until it returns, the last step's recorded sets may still be on their way."""
+        """Until it returns, the recorded sets of the step that landed last may still be on their way."""
         if self._copying is None:
             return
-        done, source, target, _ = self._copying
-        self._copying = None
-        if done is not None:
-            done.synchronize()
-        np.copyto(target, source.numpy().view(target.dtype)[:, : target.shape[1]])
+        copy, self._copying = self._copying, None
+        if copy.done is not None:
+            copy.done.synchronize()
+        np.copyto(copy.target, copy.source.numpy().view(copy.target.dtype)[:, : copy.target.shape[1]])
 
-    def _fill(self, host: dict[str, np.ndarray], state: Slots, slots: np.ndarray, lengths: np.ndarray) -> None:
+    def _fill(
+        self, host: dict[str, np.ndarray], state: Slots, slots: np.ndarray, lengths: np.ndarray, after: np.ndarray | None
+    ) -> None:  # fmt: skip
         """The step's inputs, and the block tables of slots that have changed hands."""
         size, scratch, count = self.cache.page_size, self.cache.scratch_page, len(slots)
         changed = slots[self._seen[slots] != state.stamp[slots]]
@@ -172,7 +220,7 @@ class Decoding:
         columns = positions // size
         pages = state.table[slots, columns]
         for name, values, padding in (
-            ("ids", state.last[slots], 0), ("positions", positions, 0), ("lengths", lengths, 1), ("rows", slots, len(self.table) - 1),
+            ("ids", state.last[slots], 0), ("after", 0 if after is None else after, 0), ("positions", positions, 0), ("lengths", lengths, 1), ("rows", slots, len(self.table) - 1),
             ("columns", columns, 0), ("pages", pages, scratch), ("slots", pages.astype(np.int64) * size + positions % size, scratch * size),
             ("uniform", uniforms(state.stream[slots], lengths), 0.0), ("temperature", state.temperature[slots], 0.0),
         ):  # fmt: skip
@@ -185,8 +233,8 @@ class Decoding:
         if not self.capture:
             return lambda: self._step(shape, static), static
         # Once as it is, on the inputs of padding: kernels are compiled and libraries make their plans, none of which a capture allows.
-        padding = self._inputs[shape.rows].on_host
-        self._fill(padding, Slots(1, 1), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        nobody = np.zeros(0, dtype=np.int64)
+        self._fill(self._inputs[shape.rows].turn(), Slots(1, 1), nobody, nobody, None)
         self._inputs[shape.rows].send()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -241,24 +289,25 @@ class Decoding:
             narrow = self.context <= NARROW_LIMIT
             static["sets"] = stacked.to(torch.int16) if narrow else stacked.masked_fill_(stacked < 0, 2**31 - 1)
 
-    def _copy_sets(self, shape: Shape, sets: Tensor, count: int) -> np.ndarray:
-        """Starts the copy of recorded sets; the array that `flush` fills. The copy of the step before is finished meanwhile."""
+    def _copy_sets(self, shape: Shape, sets: Tensor, count: int) -> Copy:
+        """Starts the copy of recorded sets, which the next step of this shape overwrites and must not wait for. The copy of the step that
+        landed last is finished meanwhile: the next but one has the same place on the host."""
         self.flush()
         kind = np.uint16 if sets.dtype == torch.int16 else np.int32
         target = np.empty((sets.shape[0], count, sets.shape[2]), dtype=kind)
+        staged = sets.clone()
         if self._side is None:
-            self._copying = (None, sets, target, sets)
-            return target
+            return Copy(done=None, source=staged, target=target, staged=staged)
         if shape not in self._pinned:
-            self._pinned[shape] = torch.empty(sets.shape, dtype=sets.dtype, pin_memory=True)
-        staged = sets.clone()  # the next step overwrites `sets`, and must not wait for the slow way to the host
+            self._pinned[shape] = [torch.empty(sets.shape, dtype=sets.dtype, pin_memory=True) for _ in range(2)]
+        pinned = self._pinned[shape]
+        pinned.reverse()
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
-            self._pinned[shape].copy_(staged, non_blocking=True)
+            pinned[0].copy_(staged, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        self._copying = (done, self._pinned[shape], target, staged)
-        return target
+        return Copy(done=done, source=pinned[0], target=target, staged=staged)
 
     def _check(self, flags: np.ndarray) -> None:
         if flags[0]:

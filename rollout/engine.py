@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Row
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.forward import lm_head_weight
 from winnow.models.routing import routers
 from winnow.rollout.cache import PagedCache
-from winnow.rollout.decoding import Decoding
+from winnow.rollout.decoding import Decoding, Launched
 from winnow.rollout.engine_config import EngineConfig, check_prompt, named_ends
 from winnow.rollout.forward import Forward
 from winnow.rollout.records import NARROW_LIMIT
@@ -31,6 +32,21 @@ from winnow.rollout.scheduler import Scheduler
 from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
+
+
+@dataclass(slots=True, kw_only=True)
+class _Flight:
+    """A decode step under way: the sequences that it runs for, as they were when it was launched."""
+
+    sequences: list[Sequence]
+    slots: np.ndarray
+    lengths: np.ndarray
+    step: Launched
+
+    @property
+    def alive(self) -> list[bool]:
+        """Whose token still counts: not that of a sequence whose turn ended with the step before, or that was pushed out meanwhile."""
+        return [sequence.slot == slot for sequence, slot in zip(self.sequences, self.slots.tolist(), strict=True)]
 
 
 class Engine:
@@ -78,6 +94,7 @@ class Engine:
         )  # fmt: skip
         graphs = self.forward.fused and config.cuda_graphs and config.selector in ("indexer", "dense")
         self.decoding = self.static_decoding(capture=True) if graphs else None
+        self._flight: _Flight | None = None
         self.scheduler.settle_records = self._settle_records
 
     def _settle_records(self) -> None:
@@ -197,6 +214,10 @@ class Engine:
         if self.paused:
             return []
         with torch.inference_mode():
+            if self._flight is not None:
+                if any(self._flight.alive):
+                    return self._land()
+                self._abandon()
             ended = self._start(self.scheduler.admit())
             prefilled = self._prefill()
             return ended + (prefilled if prefilled is not None else self._decode())
@@ -280,27 +301,70 @@ class Engine:
         rows = self.scheduler.slots
         slots = np.array([sequence.slot for sequence in running])
         lengths = rows.length[slots]
-        self.counters["decode_tokens"] += len(running)
-        self.counters["decode_steps"] += 1
         if self.decoding is not None:
-            stepped = self.decoding.run(rows, slots, draws=not rows.filtered(slots), records=self.records)
-            self._record_decode(running, lengths, stepped.sets)
-            if stepped.logits is not None:
-                return self._draw(running, stepped.logits)
-            assert stepped.tokens is not None and stepped.logprobs is not None
-            return self._append(running, slots, Drawn(tokens=stepped.tokens, logprobs=stepped.logprobs, kept=None))
+            step = self.decoding.launch(rows, slots, lengths, not rows.filtered(slots), self.records, None)
+            assert step is not None
+            self._flight = _Flight(sequences=running, slots=slots, lengths=lengths, step=step)
+            return self._land()
+        self._stepped(len(running))
         hidden, sets, routes = self.forward.decode(rows, slots)
-        self._record_decode(running, lengths, sets)
+        self._record_decode(running, range(len(running)), lengths, sets)
         if routes is not None:
             for row, sequence in enumerate(running):
                 sequence.routes.append((routes, row, row + 1))
         return self._draw(running, self.forward.logits(hidden))
 
-    def _record_decode(self, running: list[Sequence], lengths: np.ndarray, sets: np.ndarray | None) -> None:
-        """A step's sets [layers, rows, k] to the sequences that are longer than k."""
+    def _stepped(self, tokens: int) -> None:
+        self.counters["decode_tokens"] += tokens
+        self.counters["decode_steps"] += 1
+
+    def _land(self) -> list[Sequence]:
+        """Takes in the step under way, and launches the next before it; returns the sequences whose turn ended."""
+        flight = self._flight
+        assert flight is not None and self.decoding is not None
+        self._flight = self._launch_ahead(flight)
+        try:
+            stepped = self.decoding.land(flight.step)
+        except ValueError:
+            self._abandon()
+            raise
+        rows = [row for row, alive in enumerate(flight.alive) if alive]
+        running, slots = [flight.sequences[row] for row in rows], flight.slots[rows]
+        self._stepped(len(rows))
+        self._record_decode(running, rows, flight.lengths[rows], stepped.sets)
+        if stepped.logits is not None:
+            return self._draw(running, stepped.logits)
+        assert stepped.tokens is not None and stepped.logprobs is not None
+        drawn = Drawn(tokens=stepped.tokens[rows], logprobs=stepped.logprobs[rows], kept=None)
+        return self._append(running, slots, drawn)
+
+    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+        """The step after the one under way, for those of its sequences that have room for two more tokens. One of them may yet end with the
+        token under way: then the other is drawn for nothing. None where somebody else could begin, pages are short, or the host draws.
+        """
+        assert self.decoding is not None
+        rows, state = np.flatnonzero(flight.alive), self.scheduler.slots
+        rows = rows[flight.lengths[rows] + 1 < state.limit[flight.slots[rows]]]
+        slots, lengths = flight.slots[rows], flight.lengths[rows] + 1
+        sequences = [flight.sequences[row] for row in rows.tolist()]
+        if flight.step.logits is not None or not self.scheduler.plan_ahead(sequences):
+            return None
+        step = self.decoding.launch(state, slots, lengths, True, self.records, (flight.step, rows))
+        return None if step is None else _Flight(sequences=sequences, slots=slots, lengths=lengths, step=step)
+
+    def _abandon(self) -> None:
+        """Waits for the step under way, of which nothing is wanted."""
+        flight, self._flight = self._flight, None
+        if flight is not None and self.decoding is not None:
+            self.decoding.land(flight.step, wanted=False)
+
+    def _record_decode(
+        self, running: list[Sequence], rows: Row[int], lengths: np.ndarray, sets: np.ndarray | None
+    ) -> None:  # fmt: skip
+        """A step's sets [layers, rows, k], `rows` of them, to the sequences that are longer than k."""
         if sets is None:
             return
-        for row, (sequence, deep) in enumerate(zip(running, (lengths > self.index_k).tolist(), strict=True)):
+        for sequence, row, deep in zip(running, rows, (lengths > self.index_k).tolist(), strict=True):
             if deep:
                 sequence.records.append((sets, row, row + 1))
 

@@ -150,16 +150,8 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Gives slots to waiting sequences, oldest first; returns those whose prompt is prefilled already."""
         ready: list[Sequence] = []
-        while self._free_slots:
-            sequence = next((s for s in self._waiting if not self.draining or s.prompt is None), None)
-            if sequence is None:
-                break
+        while (sequence := self._next(len(ready))) is not None:
             parent = sequence.prompt
-            span = parent if parent is not None else sequence
-            wanted = self.cache.pages_for(len(span.tokens) + 1) - len(span.pages)
-            busy = bool(self.running or self._prefilling or ready)
-            if busy and self.cache.num_free < wanted + len(self.running) + len(ready):
-                break  # it would only push somebody else out
             self._waiting.remove(sequence)
             sequence.slot = self._free_slots.pop()
             if parent is None:
@@ -171,6 +163,18 @@ class Scheduler:
             elif parent not in self._prefilling:
                 self._prefilling.append(parent)
         return ready
+
+    def _next(self, ready: int) -> Sequence | None:
+        """Who could be admitted now, `ready` others being about to start; None also where it would only push somebody else out."""
+        if not self._free_slots:
+            return None
+        sequence = next((s for s in self._waiting if not self.draining or s.prompt is None), None)
+        if sequence is None:
+            return None
+        span = sequence.prompt if sequence.prompt is not None else sequence
+        wanted = self.cache.pages_for(len(span.tokens) + 1) - len(span.pages)
+        busy = bool(self.running or self._prefilling or ready)
+        return None if busy and self.cache.num_free < wanted + len(self.running) + ready else sequence
 
     def start(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[Tensor]]:
         """Forks sequences off their prefilled prompts into the batch; those that got pages, and each one's first logits."""
@@ -245,6 +249,19 @@ class Scheduler:
                 self.preemptions += 1
                 self._evict(sequence)
         return list(self.running)
+
+    def plan_ahead(self, sequences: list[Sequence]) -> bool:
+        """Pages for two more tokens of each running sequence. False, taking none: there are none, or others could run instead of them."""
+        if not sequences or self._prefilling or self._next(0) is not None:
+            return False
+        size = self.cache.page_size
+        growing = [s for s in sequences if len(s.tokens) % size == 0 and len(s.pages) * size == len(s.tokens)]
+        if len(growing) > self.cache.num_free:
+            return False
+        for sequence in growing:
+            self.take_pages(sequence, len(sequence.tokens) + 1)
+            self.slots.table[sequence.slot, len(sequence.pages) - 1] = sequence.pages[-1]
+        return True
 
     def take_pages(self, span: Span, num_tokens: int, anyone: bool = False) -> None:
         """Grows `span` to hold `num_tokens`, pushing out younger holders, or `anyone` where nothing else could go on.

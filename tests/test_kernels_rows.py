@@ -105,8 +105,13 @@ def test_drawing_inverts_the_cumulative_distribution():
     assert tokens[1] == 5000 and torch.isfinite(logits[4, tokens[4]])
     again = draw.draw(logits[2:3], temperature[2:3], uniform[2:3])
     assert torch.equal(again[0], tokens[2:3]) and torch.equal(again[1], logprobs[2:3])
-    for value in (float("nan"), float("inf")):
-        broken = logits.clone()
-        broken[2, 4100] = value
-        assert int(draw.draw(broken, temperature, uniform)[2]) == 1
-    assert int(draw.draw(torch.full((1, 9), -torch.inf, device=DEV), temperature[:1], uniform[:1])[2]) == 1
+    nowhere = torch.full((6, 9), -torch.inf, device=DEV)
+    broken = [logits.clone(), logits.clone(), torch.full_like(logits, torch.nan), nowhere]
+    broken[0][2:4, 4100], broken[1][2:4, 4100] = torch.nan, torch.inf
+    for values in broken:
+        tokens, logprobs, bad = draw.draw(values, temperature, uniform)
+        assert int(bad) == 1 and 0 <= int(tokens.min()) <= int(tokens.max()) < values.shape[1], (
+            "the next step reads them"
+        )
+        torch_rows.draw(values, temperature, uniform, tokens, logprobs, bad.zero_())
+        assert int(bad) == 1 and 0 <= int(tokens.min()) <= int(tokens.max()) < values.shape[1]
