@@ -8,6 +8,7 @@ rollout and learner take turns (schedule sync), there is one worker and one rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from winnow.rl.config import Config, ConfigError
 from winnow.rl.learner import Learner
 from winnow.rollout.local_pool import LocalPool
 from winnow.rollout.weights import WeightError, state_of
+
+LOT = 1 << 28  # bytes that are compared at a time
 
 
 class LocalLearner(Learner):
@@ -44,13 +47,31 @@ class DevicePool(LocalPool):
 
 
 def check_equal(held: Mapping[str, Tensor], sent: Mapping[str, Tensor], version: int) -> None:
-    """Raises WeightError naming a tensor that is not, bit for bit, what was sent. One wait for the device."""
-    same = torch.stack([(held[name] == tensor.to(held[name].dtype)).all() for name, tensor in sent.items()]).tolist()
-    wrong = [name for name, equal in zip(sent, same, strict=True) if not equal]
+    """Raises WeightError naming a tensor that has not the values that were sent, or a NaN. A few launches and one wait for the device."""
+    largest: list[Tensor] = []
+    for names in _lots(held, sent):
+        pairs = [held[name] for name in names], [sent[name].to(held[name].dtype) for name in names]
+        largest += torch._foreach_norm(torch._foreach_sub(*pairs), math.inf)
+    differences = torch.stack(largest).tolist()
+    wrong = [name for name, difference in zip(sent, differences, strict=True) if difference != 0]  # NaN is not 0 either
     if wrong:
         raise WeightError(
             f"weights of version {version}: tensor {wrong[0]!r} differs after the copy ({len(wrong)} of {len(sent)} do)"
         )
+
+
+def _lots(held: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The names in their order, in lots of at most `LOT` bytes (a larger tensor goes alone): as much memory the comparison takes."""
+    lot: list[str] = []
+    size = 0
+    for name in sent:
+        if lot and size + held[name].nbytes > LOT:
+            yield lot
+            lot, size = [], 0
+        lot.append(name)
+        size += held[name].nbytes
+    if lot:
+        yield lot
 
 
 @contextmanager

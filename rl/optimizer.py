@@ -69,10 +69,13 @@ class Optimizer:
     def absorb(self) -> None:
         """Takes the gradients that a backward pass left on parameters with masters into fp32 sums: in bf16 a sum over micro-batches
         would lose what is small. Gradients of fp32 parameters are such sums already."""
-        for parameter in self._masters:
-            if parameter.grad is not None:
-                _add(self._part, parameter, parameter.grad)
-                parameter.grad = None
+        gradients = {p: p.grad for p in self._masters if p.grad is not None}
+        first = {p: gradient for p, gradient in gradients.items() if p not in self._part}
+        for parameter, gradient in gradients.items():
+            if parameter not in first:
+                _add(self._part, parameter, gradient)
+            parameter.grad = None
+        self._part |= zip(first, _widened(list(first.values())), strict=True)
 
     def end_part(self) -> Tensor:
         """Ends a part of the update, such as one domain's micro-batches: the norm of the base's gradient in it, an fp32 scalar."""
@@ -171,6 +174,14 @@ def non_finite_gradients(named: Iterable[tuple[str, nn.Parameter]], optimizer: O
     """Names of the parameters whose gradient holds NaN or infinity."""
     found = ((name, optimizer.target(parameter).grad) for name, parameter in named)
     return [name for name, grad in found if grad is not None and not torch.isfinite(own_part(grad)).all()]
+
+
+def _widened(gradients: list[Tensor]) -> list[Tensor]:
+    """Copies in fp32, in a few launches, not one a tensor."""
+    wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+    if wide:
+        torch._foreach_copy_([own_part(w) for w in wide], [own_part(g) for g in gradients])
+    return wide
 
 
 def _add(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -11,6 +11,7 @@ same step runs as it is, which is how a machine without a GPU tests it.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from winnow.rollout.sampler import uniforms
 from winnow.rollout.scheduler import Slots
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows; beyond, multiples of 128
+PATIENCE = 48  # steps that run at a larger shape before theirs is captured: a capture takes about as long as they lose
+SPARE = 1 / 16  # of the device's memory, which a capture wants free before it
 LEAST = 2048  # the smallest capacity of a model without an indexer
 ALIGN = 256  # bytes: kernels are compiled for aligned addresses
 # One number a row of each goes to the device, in one copy, and comes back.
@@ -142,6 +145,11 @@ class Decoding:
         self._side = torch.cuda.Stream() if self.device.type == "cuda" else None  # copies of sets
         self.branch = torch.cuda.Stream() if capture else None  # of a graph: sets beside the layer's projections
         self.graphs = 0
+        self.patience = PATIENCE if capture else 0
+        self._asked: Counter[Shape] = Counter()  # steps of shapes that are not captured
+        self._stream = (
+            torch.cuda.Stream() if capture else None
+        )  # of captures: graphs that share memory are captured on one
 
     def launch(
         self, state: Slots, slots: np.ndarray, lengths: np.ndarray, draws: bool, records: bool,
@@ -152,10 +160,8 @@ class Decoding:
         after: the step under way (one at most), which draws its tokens, and the row of it, int64 [rows], whose token is each sequence's newest;
         None: `state.last` are. None where the step has a shape that must be captured first, which `after` would not survive.
         """
-        longest = int(lengths.max())
-        rows = self.buckets[bisect_left(self.buckets, len(slots))]
-        capacity = self.capacities[bisect_left(self.capacities, longest)]
-        shape = Shape(rows, capacity, draws, records and 0 < self.index_k < longest)
+        shape = self._shape(len(slots), int(lengths.max()), draws, records)
+        rows = shape.rows
         if rows not in self._inputs:
             self._inputs[rows] = Block(INPUTS, rows, self.device)
             self._outputs[rows] = Block(OUTPUTS, rows, self.device)
@@ -203,6 +209,27 @@ class Decoding:
             copy.done.synchronize()
         np.copyto(copy.target, copy.source.numpy().view(copy.target.dtype)[:, : copy.target.shape[1]])
 
+    def _shape(self, count: int, longest: int, draws: bool, records: bool) -> Shape:
+        """The smallest shape that holds `count` sequences of at most `longest` tokens. While it has been asked for only a few times, the next
+        larger one of those that are there, if that has at most four times its capacity."""
+        shape = Shape(
+            self.buckets[bisect_left(self.buckets, count)],
+            self.capacities[bisect_left(self.capacities, longest)],
+            draws,
+            records and 0 < self.index_k < longest,
+        )
+        if shape in self._steps:
+            return shape
+        larger = [
+            other for other in self._steps
+            if other.rows >= shape.rows and shape.capacity <= other.capacity <= 4 * shape.capacity
+            and (other.draws, other.records) == (shape.draws, shape.records)
+        ]  # fmt: skip
+        self._asked[shape] += 1
+        if not larger or self._asked[shape] > self.patience:
+            return shape
+        return min(larger, key=lambda other: (other.capacity, other.rows))
+
     def _fill(
         self, host: dict[str, np.ndarray], state: Slots, slots: np.ndarray, lengths: np.ndarray, after: np.ndarray | None
     ) -> None:  # fmt: skip
@@ -236,17 +263,25 @@ class Decoding:
         nobody = np.zeros(0, dtype=np.int64)
         self._fill(self._inputs[shape.rows].turn(), Slots(1, 1), nobody, nobody, None)
         self._inputs[shape.rows].send()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self._step(shape, static)
-        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()  # nothing of that run is under way when its memory is given back
         static.clear()
+        # Not torch.cuda.graph, which gives all cached memory back first: the learner beside it would ask for its own anew, block by block.
+        free, total = torch.cuda.mem_get_info(self.device)
+        if free < SPARE * total:
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._step(shape, static)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._step(shape, static)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         self.graphs += 1
         return graph.replay, static
 

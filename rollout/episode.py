@@ -50,6 +50,7 @@ class _Job:
     request: Request
     episodes: list[_Episode] = field(default_factory=list)
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
+    opened: tuple[list[Message], list[int]] | None = None  # what the last sample began with, and its tokens
 
     @property
     def numbers(self) -> range:
@@ -155,7 +156,9 @@ class EpisodeRunner:
             messages += environment.reset(task)
         episode = _Episode(job=job, number=number, messages=messages, environment=environment)
         job.episodes.append(episode)
-        prompt = self.template.prompt_ids(messages, request.template)
+        if job.opened is None or job.opened[0] != messages:  # samples of one task begin alike, mostly
+            job.opened = list(messages), self.template.prompt_ids(messages, request.template)
+        prompt = job.opened[1]
         total = request.max_total_tokens
         [episode.sample] = self.engine.add(prompt, request.sampling, 1, request.request_id, total, first_sample=number)
         self._episodes[episode.sample] = episode

@@ -60,6 +60,8 @@ def make_engine(model, static, fused=None, **changes):
     if static and not GPU:
         engine.decoding = engine.static_decoding(capture=False)
     assert (engine.decoding is not None) == static
+    if static:
+        engine.decoding.patience = 0  # every shape at once
     return engine
 
 
@@ -97,6 +99,35 @@ def test_fixed_shapes_draw_what_the_plain_path_draws(family, sampling):
     assert {shape.capacity for shape in shapes} >= {TOP_K, 4 * TOP_K, 64, 128}, shapes
     assert all(shape.draws == ("top_p" not in sampling) for shape in shapes)
     assert static.cache.num_free == static.cache.num_pages
+
+
+def test_a_shape_is_captured_once_it_was_asked_for_often_and_until_then_a_larger_one_does():
+    """Three ends of a batch that shrinks one by one: its small shapes come when they have been wanted for 6 steps."""
+    plain, static = make_engine(make_model(), False, False), make_engine(make_model(), True, True)
+    decoding, ran = static.decoding, []
+    decoding.patience = 6
+    prepare, launch = decoding._prepare, decoding.launch
+    captures = []  # (whether a larger one was there, how often it had been asked for)
+
+    def prepared(shape):
+        larger = [
+            o for o in decoding._steps if o.rows >= shape.rows and shape.capacity <= o.capacity <= 4 * shape.capacity
+        ]
+        captures.append((bool(larger), decoding._asked[shape]))
+        return prepare(shape)
+
+    def launched(*args):
+        step = launch(*args)
+        if step is not None:
+            ran.append((len(args[1]), step.shape.rows, int(args[2].max()), step.shape.capacity))
+        return step
+
+    decoding._prepare, decoding.launch = prepared, launched
+    for _ in range(3):
+        compare((plain, static), {"temperature": 0.9, "seed": 3}, 1, (5,) * 7)
+    assert all(count <= rows and longest <= capacity for count, rows, longest, capacity in ran)
+    assert {asked > 6 for larger, asked in captures if larger} == {True}, captures
+    assert {larger for larger, _ in captures} == {True, False}
 
 
 @pytest.mark.parametrize("fused", [False, True])

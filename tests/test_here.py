@@ -12,6 +12,7 @@ from winnow.models.attach import attach, is_converted
 from winnow.models.indexer import IndexerConfig
 from winnow.models.load import load, load_tokenizer, save
 from winnow.rewards.demonstrations import pretraining_texts
+from winnow.rl import here
 from winnow.rl.base import BaseOptions, make_model, make_tokenizer
 from winnow.rl.cli import main
 from winnow.rl.here import check_equal
@@ -83,9 +84,20 @@ def test_what_needs_other_processes_is_refused(
     assert "cluster.address is here" in capsys.readouterr().err
 
 
-def test_a_tensor_that_differs_after_the_copy_is_named() -> None:
+def test_a_tensor_that_differs_after_the_copy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = {"a": torch.ones(3), "b": torch.arange(3.0)}
     check_equal({"a": torch.ones(3), "b": torch.arange(3.0)}, sent, 4)
     check_equal({"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.arange(3.0)}, sent, 4)
     with pytest.raises(WeightError, match=r"version 4: tensor 'b' differs after the copy \(1 of 2 do\)"):
         check_equal({"a": torch.ones(3), "b": torch.zeros(3)}, sent, 4)
+    monkeypatch.setattr(here, "LOT", 40)  # five lots, the third tensor alone in one that is too small for it
+    names = ("a", "b", "c", "d", "e", "f")
+    sizes = (2, 2, 99, 5, 5, 5)
+    sent = {name: torch.randn(size).bfloat16() for name, size in zip(names, sizes, strict=True)}
+    check_equal({name: tensor.clone() for name, tensor in sent.items()}, sent, 5)
+    for name in names:
+        for value in (float("nan"), sent[name][-1].item() * (1 + 2**-7)):  # and the next number of bf16
+            held = {each: tensor.clone() for each, tensor in sent.items()}
+            held[name][-1] = value
+            with pytest.raises(WeightError, match=f"tensor '{name}' differs"):
+                check_equal(held, sent, 5)
