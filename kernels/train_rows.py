@@ -1,8 +1,9 @@
 """What a training step does to each token between its matrix products, with gradients: one launch forward and one back for each.
 
-add_norm   the residual sum and its RMS norm
-turn       RoPE of queries or keys, the model's or an indexer's
-silu_mul   silu(gate) * up
+add_norm     the residual sum and its RMS norm
+turn         RoPE of queries or keys, the model's or an indexer's
+split_heads  queries and keys turned and values as they are, out of one product
+silu_mul     silu(gate) * up, of one product or two
 
 Written out in torch's operations these were half of a small model's launches and a third of its device time, and kept fp32 copies of every
 input for the backward pass. Here that is the inputs themselves and a number a row. Results are rounded where transformers' modules
@@ -22,6 +23,7 @@ from winnow.kernels.rows import pairs
 
 # How many rows there are is never compiled into a kernel: every batch has another number.
 TILE = 2048  # numbers that a program has in hand
+COLUMNS = 1024  # of a program of silu_mul
 PROGRAMS = 528  # of a norm's backward: each keeps its own share of the weight's gradient
 
 
@@ -75,7 +77,7 @@ def _norm_grad(
 
 @triton.jit(do_not_specialize=["rows"])
 def _turn(
-    x, cos, sin, y, rows, angle_stride,
+    x, cos, sin, y, rows, x_stride, angle_stride,
     HEADS: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
@@ -86,8 +88,9 @@ def _turn(
     if BACK:
         sign = -sign
     mask = (row < rows)[:, None] & (d < D)[None, :]
-    one = tl.load(x + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    two = tl.load(x + row[:, None] * D + mate[None, :], mask=mask, other=0.0).to(tl.float32)
+    begin = ((row // HEADS) * x_stride + (row % HEADS) * D)[:, None]
+    one = tl.load(x + begin + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    two = tl.load(x + begin + mate[None, :], mask=mask, other=0.0).to(tl.float32)
     at = (row // HEADS)[:, None] * angle_stride + angle[None, :]
     c = tl.load(cos + at, mask=mask & turns[None, :], other=1.0).to(tl.float32)
     s = tl.load(sin + at, mask=mask & turns[None, :], other=0.0).to(tl.float32) * sign[None, :]
@@ -95,25 +98,64 @@ def _turn(
     tl.store(y + row[:, None] * D + d[None, :], turned.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _silu_mul(gate, up, y, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
+@triton.jit(do_not_specialize=["rows"])
+def _split_heads(
+    qkv, cos, sin, q, k, v, rows, angle_stride,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    # A row is a head of a token: H queries, HKV keys, HKV values. Back is from three gradients to one, turned the other way.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK)
+    mate, angle, sign, turns = pairs(d, D, 1, False)
+    if BACK:
+        sign = -sign
+    token, head = row // (H + 2 * HKV), row % (H + 2 * HKV)
+    mask = (row < rows)[:, None] & (d < D)[None, :]
+    of_q, of_v = (head < H)[:, None] & mask, (head >= H + HKV)[:, None] & mask
+    of_k = mask & ~of_q & ~of_v
+    at = token[:, None] * angle_stride + angle[None, :]
+    c = tl.load(cos + at, mask=mask & turns[None, :] & ~of_v, other=1.0).to(tl.float32)
+    s = tl.load(sin + at, mask=mask & turns[None, :] & ~of_v, other=0.0).to(tl.float32) * sign[None, :]
+    begin = (row * D)[:, None]
+    to_q, to_k = ((token * H + head) * D)[:, None], ((token * HKV + head - H) * D)[:, None]
+    to_v = ((token * HKV + head - H - HKV) * D)[:, None]
+    if BACK:
+        one = tl.load(q + to_q + d[None, :], mask=of_q, other=0.0).to(tl.float32)
+        one += tl.load(k + to_k + d[None, :], mask=of_k, other=0.0).to(tl.float32)
+        one += tl.load(v + to_v + d[None, :], mask=of_v, other=0.0).to(tl.float32)
+        two = tl.load(q + to_q + mate[None, :], mask=of_q, other=0.0).to(tl.float32)
+        two += tl.load(k + to_k + mate[None, :], mask=of_k, other=0.0).to(tl.float32)
+        tl.store(qkv + begin + d[None, :], (one * c + two * s).to(qkv.dtype.element_ty), mask=mask)
+    else:
+        one = tl.load(qkv + begin + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        two = tl.load(qkv + begin + mate[None, :], mask=mask & ~of_v, other=0.0).to(tl.float32)
+        turned = (one * c + two * s).to(q.dtype.element_ty)
+        tl.store(q + to_q + d[None, :], turned, mask=of_q)
+        tl.store(k + to_k + d[None, :], turned, mask=of_k)
+        tl.store(v + to_v + d[None, :], turned, mask=of_v)
+
+
+@triton.jit
+def _silu_mul(gate, up, y, width, stride, BLOCK: tl.constexpr):
+    # gate and up have `stride` numbers between their rows
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + row * stride + col, mask=col < width, other=0.0).to(tl.float32)
+    u = tl.load(up + row * stride + col, mask=col < width, other=0.0).to(tl.float32)
     silu = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + at, (silu * u).to(y.dtype.element_ty), mask=at < count)
+    tl.store(y + row * width + col, (silu * u).to(y.dtype.element_ty), mask=col < width)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _silu_mul_grad(grad, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.load(grad + at, mask=at < count, other=0.0).to(tl.float32)
-    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
+@triton.jit
+def _silu_mul_grad(grad, gate, up, dgate, dup, width, stride, BLOCK: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = row * stride + col
+    d = tl.load(grad + row * width + col, mask=col < width, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=col < width, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=col < width, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    tl.store(dup + at, (d * g * sigmoid).to(dup.dtype.element_ty), mask=at < count)
+    tl.store(dup + at, (d * g * sigmoid).to(dup.dtype.element_ty), mask=col < width)
     slope = sigmoid * (1.0 + g * (1.0 - sigmoid))
-    tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=at < count)
+    tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=col < width)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -172,37 +214,84 @@ class _Turn(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, rope: int, layout: str, dtype: torch.dtype, back: bool) -> Tensor:
     tokens, heads, dim = x.shape
-    x, y = x.contiguous(), torch.empty(tokens, heads, dim, dtype=dtype, device=x.device)
+    x = x if x.stride()[1:] == (dim, 1) else x.contiguous()  # a part of each token's numbers will do
+    y = torch.empty(tokens, heads, dim, dtype=dtype, device=x.device)
     block = triton.next_power_of_2(dim)
     each = max(1, TILE // block)
     if tokens:
         _turn[(triton.cdiv(tokens * heads, each),)](
-            x, cos, sin, y, tokens * heads, cos.stride(0),
+            x, cos, sin, y, tokens * heads, x.stride(0), cos.stride(0),
             HEADS=heads, D=dim, ROPE=rope, STEP=cos.shape[-1] // rope, PAIRS=layout == "interleaved", BLOCK=block, ROWS=each, BACK=back,
             num_warps=4,
         )  # fmt: skip
     return y
 
 
-class _SiluMul(torch.autograd.Function):
+class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        if y.numel():
-            _silu_mul[(triton.cdiv(y.numel(), TILE),)](gate, up, y, y.numel(), BLOCK=TILE, num_warps=4)
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, ...]:
+        qkv = qkv.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        number, kv, dim = heads
+        parts = tuple(torch.empty(len(qkv), n, dim, dtype=qkv.dtype, device=qkv.device) for n in (number, kv, kv))
+        _run_split(qkv, cos, sin, parts, heads, back=False)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        parts = tuple(grad.contiguous() for grad in grads)
+        number, kv, dim = ctx.heads
+        qkv = torch.empty(len(parts[0]), (number + 2 * kv) * dim, dtype=parts[0].dtype, device=parts[0].device)
+        _run_split(qkv, cos, sin, parts, ctx.heads, back=True)
+        return qkv, None, None, None
+
+
+def _run_split(
+    qkv: Tensor, cos: Tensor, sin: Tensor, parts: tuple[Tensor, ...], heads: tuple[int, int, int], back: bool
+) -> None:  # fmt: skip
+    number, kv, dim = heads
+    rows, block = len(qkv) * (number + 2 * kv), triton.next_power_of_2(dim)
+    each = max(1, TILE // block)
+    if rows:
+        _split_heads[(triton.cdiv(rows, each),)](
+            qkv, cos, sin, *parts, rows, cos.stride(0), H=number, HKV=kv, D=dim, BLOCK=block, ROWS=each, BACK=back, num_warps=4
+        )  # fmt: skip
+
+
+class _SiluMul(torch.autograd.Function):
+    """Of two tensors, or of one whose halves they are: the gradients come as they went."""
+
+    @staticmethod
+    def forward(ctx: Any, *both: Tensor) -> Tensor:
+        both = tuple(x.contiguous() for x in both)
+        gate, up = _halves(both)
+        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        width, rows = gate.shape[-1], gate.numel() // max(1, gate.shape[-1])
+        if rows:
+            grid = (rows, triton.cdiv(width, COLUMNS))
+            _silu_mul[grid](gate, up, y, width, gate.stride(-2), BLOCK=COLUMNS, num_warps=4)
+        ctx.save_for_backward(*both)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        if gate.numel():
-            _silu_mul_grad[(triton.cdiv(gate.numel(), TILE),)](
-                grads[0].contiguous(), gate, up, dgate, dup, gate.numel(), BLOCK=TILE, num_warps=4
+        both = ctx.saved_tensors
+        into = tuple(torch.empty_like(x) for x in both)
+        (gate, up), (dgate, dup) = _halves(both), _halves(into)
+        width, rows = gate.shape[-1], gate.numel() // max(1, gate.shape[-1])
+        if rows:
+            grid = (rows, triton.cdiv(width, COLUMNS))
+            _silu_mul_grad[grid](
+                grads[0].contiguous(), gate, up, dgate, dup, width, gate.stride(-2), BLOCK=COLUMNS, num_warps=4
             )
-        return dgate, dup
+        return into
+
+
+def _halves(both: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
+    return gate, up
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -224,6 +313,15 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, rope: int, layout: str, dtype: tor
     return _Turn.apply(x, cos, sin, rope, layout, dtype)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of one shape."""
-    return _SiluMul.apply(gate, up)
+def split_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, (H + 2 Hkv) D], heads (H, Hkv, D) -> q [T, H, D] and k [T, Hkv, D] turned over whole heads, v [T, Hkv, D], all contiguous.
+
+    cos, sin [T, D], both halves alike; dims of two halves are a pair.
+    """
+    q, k, v = _SplitHeads.apply(qkv, cos, sin, heads)
+    return q, k, v
+
+
+def silu_mul(*both: Tensor) -> Tensor:
+    """silu(gate) * up: of gate and up, [..., T, F] both, or of [..., T, 2 F], gate before up."""
+    return _SiluMul.apply(*both)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.kernels import ops
+from winnow.models import joined
 
 ROPE_LAYOUTS = ("half", "interleaved")
 TARGETS = ("attention", "output")
@@ -149,8 +150,26 @@ class Indexer(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's inputs [T, ...], detached by the caller -> q [T, H_I, D_I], k [T, D_I], w [T, H_I]."""
-        q, w = self.queries(*inputs)
-        return q, self.keys(*inputs), w
+        together = self._together(inputs[0])
+        if together is None:
+            q, w = self.queries(*inputs)
+            return q, self.keys(*inputs), w
+        self.calls += 1
+        shape = self.config
+        q, k, w = together.split([shape.num_heads * shape.head_dim, shape.head_dim, shape.num_heads], -1)
+        q = self._turned(q.unflatten(-1, (shape.num_heads, shape.head_dim)), *inputs)
+        k = self._turned(self.k_norm(k)[:, None], *inputs)[:, 0]
+        return q, k, w * (shape.num_heads * shape.head_dim) ** -0.5
+
+    def _together(self, hidden: Tensor) -> Tensor | None:
+        """The products of hidden [T, C] side by side, fp32, as one; None where anything learns or the weights are not joined."""
+        weights = [linear.weight for linear in joined.of_indexer(self)]
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, self.k_norm.weight, *weights))
+        weight = None if learns else joined.whole(weights)
+        if weight is None:
+            return None
+        with tensor_cores(hidden.dtype):
+            return hidden.float() @ weight.T
 
     def _turned(self, x: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x fp32 [T, heads, D_I] after RoPE, `rounded`."""

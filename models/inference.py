@@ -1,8 +1,8 @@
 """The forward pass of an engine on a GPU: the learner's modules and parameters, read layer by layer, with few launches between products.
 
 A decode step of 28 layers is 2,500 launches when transformers' modules run it and 370 here; at 2 us each that is most of the step. What
-is computed is the same, up to where 16-bit numbers are rounded; tests hold both against each other. `join` lays weights that meet the
-same input behind one another, in one tensor of which they stay parameters, so that they are one product and an update still finds them.
+is computed is the same, up to where 16-bit numbers are rounded; tests hold both against each other. Weights that meet the same input are
+one product where `joined.join` has been.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from winnow.kernels import ops
+from winnow.models import joined
 from winnow.models.attention import attend_cached
 from winnow.models.context import ForwardContext
 from winnow.models.indexer import tensor_cores
@@ -31,19 +32,6 @@ def takes(model: Any) -> bool:
     return rope in STEADY_ROPE and config.hidden_act in ("silu", "swish") and not getattr(config, "mlp_bias", False)
 
 
-def join(model: Any) -> None:
-    """Lays the weights of q, k, v, of gate and up, and of the indexer behind one another. In place; names and values stay."""
-    for layer in model.get_decoder().layers:
-        for group in (_heads(layer.self_attn), _gates(layer.mlp), _indexer(getattr(layer.self_attn, "indexer", None))):
-            for name in ("weight", "bias"):
-                parts = [getattr(linear, name) for linear in group if getattr(linear, name) is not None]
-                if len(parts) != len(group) or not group:
-                    continue
-                whole = torch.cat([part.data for part in parts])
-                for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-                    part.data = view
-
-
 def inference_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
     """input_ids int64 [T] of a prefill or decode context -> hidden states [T, C] after the last norm."""
     assert ctx.mode != "train", "the fused forward pass has no gradient"
@@ -57,7 +45,7 @@ def inference_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tens
         x, residual = _normed(x, residual, layer.input_layernorm, wide)
         x = _attention(layer.self_attn, x, x if wide is None else wide, cos, sin, ctx)
         x, residual = _normed(x, residual, layer.post_attention_layernorm)
-        x = _linear(rows.silu_mul(_together(x, _gates(layer.mlp), ctx)), layer.mlp.down_proj.weight, None, ctx)
+        x = _linear(rows.silu_mul(_together(x, joined.gates(layer.mlp), ctx)), layer.mlp.down_proj.weight, None, ctx)
     return _normed(x, residual, decoder.norm)[0]
 
 
@@ -87,7 +75,7 @@ def _attention(module: Any, hidden: Tensor, wide: Tensor, cos: Tensor, sin: Tens
     with _beside(layer):
         _index(layer, hidden.dtype, wide, cos, sin)
         selection = layer.select()
-    qkv = _together(hidden, _heads(module), ctx)
+    qkv = _together(hidden, joined.heads(module), ctx)
     pages = (ctx.cache.k[layer.index], ctx.cache.v[layer.index])
     keep = ctx.mode == "prefill" and bool(ctx.fresh)
     q, k = ops.rows_of(qkv).split_heads(qkv, heads, norms, eps, cos, sin, ctx.slot_mapping, *pages, keep=keep)
@@ -124,7 +112,7 @@ def _index(layer: Layer, dtype: torch.dtype, wide: Tensor, cos: Tensor, sin: Ten
     indexer, choosing = layer.served.indexer, layer.sparse
     shape = indexer.config
     with tensor_cores(dtype):
-        proj = _together(wide, _indexer(indexer) if choosing else [indexer.wk], ctx)
+        proj = _together(wide, joined.of_indexer(indexer) if choosing else [indexer.wk], ctx)
     norm = (indexer.k_norm.weight, indexer.k_norm.bias, indexer.k_norm.eps)
     q, k, w = ops.rows_of(proj).index_rows(
         proj, (shape.num_heads, shape.head_dim, shape.rope_dim), norm, cos, sin, shape.rope_layout, ctx.slot_mapping,
@@ -139,33 +127,10 @@ def _index(layer: Layer, dtype: torch.dtype, wide: Tensor, cos: Tensor, sin: Ten
         )  # with an earlier context the keys are read from the cache
 
 
-def _heads(attention: Any) -> list[nn.Linear]:
-    return [attention.q_proj, attention.k_proj, attention.v_proj]
-
-
-def _gates(mlp: Any) -> list[nn.Linear]:
-    return [mlp.gate_proj, mlp.up_proj]
-
-
-def _indexer(indexer: Any) -> list[nn.Linear]:
-    return [] if indexer is None else [indexer.wq, indexer.wk, indexer.ww]
-
-
 def _together(x: Tensor, linears: Sequence[nn.Linear], ctx: ForwardContext) -> Tensor:
-    """x [T, K] times several weights, side by side [T, sum of N]: one product where `join` has been."""
-    weight = _whole([linear.weight for linear in linears])
-    bias = _whole([linear.bias for linear in linears]) if linears[0].bias is not None else None
+    """x [T, K] times several weights, side by side [T, sum of N]: one product where `joined.join` has been."""
+    weight = joined.whole([linear.weight for linear in linears])
+    bias = joined.whole([linear.bias for linear in linears]) if linears[0].bias is not None else None
     if weight is not None and (bias is None) == (linears[0].bias is None):
         return _linear(x, weight, bias, ctx)
     return torch.cat([_linear(x, linear.weight, linear.bias, ctx) for linear in linears], -1)
-
-
-def _whole(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensor that these lie in, when they lie back to back in one storage; None otherwise."""
-    first, end = parts[0], parts[0].data_ptr()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if part.data_ptr() != end or not same or not part.is_contiguous():
-            return None
-        end += part.nbytes
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

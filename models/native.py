@@ -62,6 +62,9 @@ class NativeIndexer(Indexer):
         self.wq_b, self.wk = native.wq_b.float(), native.wk.float()
         self.k_norm, self.weights_proj = native.k_norm.float(), native.weights_proj.float()
 
+    def _together(self, hidden: Tensor) -> None:
+        """Its products read different things."""
+
     def keys(self, hidden: Tensor, *rest: Tensor) -> Tensor:
         """hidden [T, C], q_latent [T, q_lora_rank], cos and sin [T, rope] -> [T, D_I]."""
         _, cos, sin = rest

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from winnow.kernels import ops
+from winnow.models import joined
 from winnow.models.attention import attend_packed
 from winnow.models.context import ForwardContext, open_context
 from winnow.models.inference import takes
@@ -44,7 +45,8 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     y = rows.norm(x, before.weight, before.variance_epsilon)
     y = _attention(layer.self_attn, y, angles[0][0], angles[1][0], ctx, rows)
     x, y = rows.add_norm(y, x, after.weight, after.variance_epsilon)
-    y = rows.silu_mul(layer.mlp.gate_proj(y), layer.mlp.up_proj(y))
+    both = joined.together(y, joined.gates(layer.mlp))
+    y = rows.silu_mul(both) if both is not None else rows.silu_mul(layer.mlp.gate_proj(y), layer.mlp.up_proj(y))
     return (x + layer.mlp.down_proj(y))[None]
 
 
@@ -62,14 +64,25 @@ def knows(layer: Any, x: Tensor, cos: Tensor, ctx: ForwardContext) -> bool:
 def _attention(module: Any, x: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext, rows: Any) -> Tensor:
     """x [T, C], normed -> the output of self_attn [T, C]."""
     ctx.check_tokens(len(x))
-    dim = module.head_dim
-    q, k, v = (linear(x).view(len(x), -1, dim) for linear in (module.q_proj, module.k_proj, module.v_proj))
-    if hasattr(module, "q_norm"):
-        q = rows.norm(q, module.q_norm.weight, module.q_norm.variance_epsilon)
-        k = rows.norm(k, module.k_norm.weight, module.k_norm.variance_epsilon)
-    q, k = (rows.turn(heads, cos, sin, dim, "half", heads.dtype) for heads in (q, k))
+    q, k, v = _heads(module, x, cos, sin, rows)
     own = getattr(module, "indexer", None) is not None
     layer = Layer(module, ctx, (x if ctx.coupled else x.detach(), cos, sin) if own else None)
     out: Tensor = attend_packed(layer, q, k, v, module.scaling)
     layer.finish()
     return module.o_proj(out.reshape(len(x), -1))
+
+
+def _heads(module: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, C] -> q [T, H, D] and k [T, Hkv, D], normed where the family does that and turned, v [T, Hkv, D]."""
+    dim, normed = module.head_dim, hasattr(module, "q_norm")
+    qkv = None if normed else joined.together(x, joined.heads(module))
+    if qkv is not None:
+        return rows.split_heads(
+            qkv, cos, sin, (module.q_proj.out_features // dim, module.k_proj.out_features // dim, dim)
+        )
+    q, k, v = (linear(x).view(len(x), -1, dim) for linear in joined.heads(module))
+    if normed:
+        q = rows.norm(q, module.q_norm.weight, module.q_norm.variance_epsilon)
+        k = rows.norm(k, module.k_norm.weight, module.k_norm.variance_epsilon)
+    q, k = (rows.turn(heads, cos, sin, dim, "half", heads.dtype) for heads in (q, k))
+    return q, k, v

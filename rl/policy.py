@@ -14,6 +14,8 @@ from torch import Tensor
 from winnow.models import attach
 from winnow.models import load as model_folders
 from winnow.models.forward import lm_head_weight
+from winnow.models.inference import takes
+from winnow.models.joined import join
 from winnow.models.routing import routers
 from winnow.rl.config import Config
 from winnow.rl.optimizer import Optimizer
@@ -70,6 +72,8 @@ class Policy:
                 f"learner.routing is replay, but {path} is a {model.config.model_type} model without experts: set learner.routing to own"
             )
         self.ranks.shard(self.model, attach.indexer_parameters(self.model).values())
+        if self.device == "cuda" and self.ranks.world == 1 and takes(self.model):
+            join(self.model)
         base, indexer = attach.base_parameters(self.model).values(), attach.indexer_parameters(self.model).values()
         self.optimizer = Optimizer(base, indexer, config.learner, config.indexer)
         self.reference = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from winnow.kernels import ops
 from winnow.kernels.packing import known, round_up
-from winnow.models import inference
+from winnow.models import inference, joined
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rollout.cache import PagedCache
@@ -48,7 +48,7 @@ class Forward:
                 f"{inference.FAMILIES}"
             )
         if self.fused:
-            inference.join(model)
+            joined.join(model)
 
     def prefill(self, spans: list[Span], counts: list[int]) -> Tensor:
         """Runs the next counts[i] tokens of each span through the model; their pages exist. Returns hidden [sum(counts), C]."""

@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
 from winnow.kernels.packing import known, round_up
-from winnow.models import inference
+from winnow.models import inference, joined
 from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.context import ForwardContext, train_context
 from winnow.models.forward import hidden_states, lm_head_weight
@@ -94,7 +94,7 @@ class WinnowForCausalLM(nn.Module):
         self.module.requires_grad_(False)
         self.fused = torch.device(vllm_config.device_config.device).type == "cuda" and inference.takes(self.module)
         if self.fused:
-            inference.join(self.module)
+            joined.join(self.module)
         indexer, shape = indexer_config(self.module), cache_shape(self.module)
         self.heads, self.head_dim = shape["num_kv_heads"], shape["head_dim"]
         self.latent = shape.get("latent_dim", 0)

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from winnow.models import attach as A
-from winnow.models import inference
+from winnow.models import inference, joined
 from winnow.models.indexer import IndexerConfig
 from winnow.rollout.engine import Engine, EngineConfig
 from winnow.rollout.schema import Sampling
@@ -56,7 +56,7 @@ def make_engine(model, static, fused=None, **changes):
     if fused is not None:
         engine.forward.fused = fused
         if fused:
-            inference.join(model)
+            joined.join(model)
     if static and not GPU:
         engine.decoding = engine.static_decoding(capture=False)
     assert (engine.decoding is not None) == static
@@ -176,12 +176,12 @@ def test_joined_weights_are_one_product_and_keep_their_values():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention = model.model.layers[0].self_attn
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    assert inference._whole([linear.weight for linear in linears]) is None
-    inference.join(model)
+    assert joined.whole([linear.weight for linear in linears]) is None
+    joined.join(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    whole = inference._whole([linear.weight for linear in linears])
+    whole = joined.whole([linear.weight for linear in linears])
     assert whole is not None and torch.equal(whole, torch.cat([linear.weight for linear in linears]))
-    assert inference._whole([attention.q_proj.weight, attention.v_proj.weight]) is None
+    assert joined.whole([attention.q_proj.weight, attention.v_proj.weight]) is None
 
 
 @pytest.mark.parametrize("name", ["indexer.wq.weight", "norm.weight"])

@@ -48,11 +48,15 @@ def row_kernels(sm):
             grad=kind, grad_total=kind, total=kind, weight=kind, scales=FP32, dx=kind, shares=FP32, rows="i32", per="i32"
         ), shape | {"WEIGHT": True}, warps, 2  # fmt: skip
     for back, pairs, kind in ((False, False, BF16), (True, True, FP32)):
-        yield f"turn {back}", train_rows._turn, dict(x=FP32, cos=kind, sin=kind, y=kind, rows="i32", angle_stride="i32"), {
+        yield f"turn {back}", train_rows._turn, dict(x=FP32, cos=kind, sin=kind, y=kind, rows="i32", x_stride="i32", angle_stride="i32"), {
             "HEADS": 8, "D": 128, "ROPE": 64, "STEP": 2, "PAIRS": pairs, "BLOCK": 128, "ROWS": 16, "BACK": back}, 4, 2  # fmt: skip
-    yield "silu_mul", train_rows._silu_mul, dict(gate=BF16, up=BF16, y=BF16, count="i32"), {"BLOCK": 2048}, 4, 2
+        yield f"split_heads {back}", train_rows._split_heads, dict(
+            qkv=BF16, cos=BF16, sin=BF16, q=BF16, k=BF16, v=BF16, rows="i32", angle_stride="i32"
+        ), {"H": 9, "HKV": 3, "D": 64, "BLOCK": 64, "ROWS": 32, "BACK": back}, 4, 2  # fmt: skip
+    sizes = {"width": "i32", "stride": "i32"}
+    yield "silu_mul", train_rows._silu_mul, dict(gate=BF16, up=BF16, y=BF16) | sizes, {"BLOCK": 1024}, 4, 2
     yield "silu_mul gradient", train_rows._silu_mul_grad, dict(
-        grad=BF16, gate=BF16, up=BF16, dgate=BF16, dup=BF16, count="i32"), {"BLOCK": 2048}, 4, 2  # fmt: skip
+        grad=BF16, gate=BF16, up=BF16, dgate=BF16, dup=BF16) | sizes, {"BLOCK": 1024}, 4, 2  # fmt: skip
 
 
 def attention_kernels(sm):

@@ -24,10 +24,11 @@ from transformers import (
 
 from winnow.kernels import ops, train_rows
 from winnow.models import attach as A
-from winnow.models import training
+from winnow.models import joined, training
 from winnow.models.context import IndexerLoss, train_context
 from winnow.models.forward import hidden_states
 from winnow.models.indexer import Indexer, IndexerConfig, _TensorCores
+from winnow.models.load import load, save
 from winnow.rl.stages import checkpointed
 
 GPU = torch.cuda.is_available()
@@ -123,12 +124,91 @@ def test_turns(dim, rope, width, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(6, 2, 8), (9, 3, 64), (1, 1, 20), (4, 4, 128)])
+def test_heads_come_out_of_one_product_turned(heads, dtype):
+    number, kv, dim = heads
+    angles = draw(13, dim // 2, seed=4) * 3
+    cos, sin = (torch.cat((f(angles),) * 2, -1) for f in (torch.cos, torch.sin))
+
+    def plain(qkv):
+        from winnow.models.indexer import rotate
+
+        q, k, v = (x.unflatten(-1, (-1, dim)) for x in qkv.split([number * dim, kv * dim, kv * dim], -1))
+        c, s = (x[:, None, : dim // 2].double() for x in (cos, sin))
+        return rotate(q, c, s, "half"), rotate(k, c, s, "half"), v
+
+    agree(lambda x: train_rows.split_heads(x, cos, sin, heads), plain, (draw(13, (number + 2 * kv) * dim),), dtype)
+    none = train_rows.split_heads(draw(0, (number + 2 * kv) * dim), cos[:0], sin[:0], heads)
+    assert [x.shape for x in none] == [(0, number, dim), (0, kv, dim), (0, kv, dim)]
+    qkv = draw(13, (number + 2 * kv) * dim).requires_grad_()
+    train_rows.split_heads(qkv, cos, sin, heads)[2].sum().backward()  # nothing came from q and k
+    assert not qkv.grad[:, : (number + kv) * dim].any() and (qkv.grad[:, (number + kv) * dim :] == 1).all()
+
+
+def test_a_part_of_each_tokens_numbers_is_turned_where_it_lies():
+    angles = draw(13, 8, seed=4)
+    cos, sin = (torch.cat((f(angles),) * 2, -1) for f in (torch.cos, torch.sin))
+    wide = draw(13, 3 * 16 + 5)
+    part = wide[:, 2:50].unflatten(-1, (3, 16))
+    want = train_rows.turn(part.contiguous(), cos, sin, 16, "half", torch.float32)
+    assert not part.is_contiguous() and torch.equal(train_rows.turn(part, cos, sin, 16, "half", torch.float32), want)
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
+def test_one_product_of_joined_weights_has_the_gradients_of_several(frozen):
+    layer = make_model("llama").model.layers[0]
+    linears = joined.heads(layer.self_attn)
+    for number in frozen:
+        linears[number].weight.requires_grad_(False)
+    x = draw(7, 48).requires_grad_()
+    assert joined.together(x, linears) is None, "not joined yet"
+    want = torch.cat([linear(x) for linear in linears], -1)
+    cotangent = draw(*want.shape, seed=3)
+    want.backward(cotangent)
+    expected = [x.grad, *(linear.weight.grad for linear in linears)]
+    holder = SimpleNamespace(layers=[layer])
+    joined.join(SimpleNamespace(get_decoder=lambda: holder))
+    for tensor in (x, *(linear.weight for linear in linears)):
+        tensor.grad = None
+    out = joined.together(x, linears)
+    torch.testing.assert_close(out, want)
+    out.backward(cotangent)
+    for tensor, gradient in zip((x, *(linear.weight for linear in linears)), expected, strict=True):
+        assert (tensor.grad is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(tensor.grad, gradient)
+    biased = joined.heads(make_model("qwen2").model.layers[0].self_attn)
+    assert biased[0].bias is not None and joined.together(x, biased) is None
+
+
+def test_a_joined_model_is_saved_and_copied_as_it_is(tmp_path):
+    """Its weights lie in common storages, which a folder must not show."""
+    model = make_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    joined.join(model)
+    saved = load(save(model, None, tmp_path / "joined"), dtype="float32", device=DEV.type)
+    for other in (saved, copy.deepcopy(model)):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.k_proj.weight.add_(1)  # an update of a part is one of the whole
+    x = draw(3, 48)
+    torch.testing.assert_close(joined.together(x, joined.heads(attention))[:, 48:64], attention.k_proj(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul(dtype):
     for shape in ((0, 4), (1, 1), (50, 77), (2, 2048)):
         agree(
             train_rows.silu_mul,
             lambda g, u: torch.nn.functional.silu(g) * u,
             (draw(*shape) * 4, draw(*shape, seed=1)),
+            dtype,
+        )
+        agree(
+            train_rows.silu_mul,
+            lambda both: torch.nn.functional.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
+            (draw(*shape[:-1], 2 * shape[-1]) * 4,),
             dtype,
         )
     far = torch.tensor([[-200.0, 200.0, 0.0]], device=DEV)
@@ -192,11 +272,14 @@ def test_a_layer_of_kernels_is_the_layer_of_modules(family, kind, monkeypatch):
     ours, used = trained(model, monkeypatch, True, **options)
     theirs, unused = trained(model, monkeypatch, False, **options)
     assert used > 0 and unused == 0 and set(ours) == set(theirs) and any("indexer.wq" in name for name in ours)
+    joined.join(model)  # the same with one product for what meets the same input
+    together, _ = trained(model, monkeypatch, True, **options)
     for name, value in theirs.items():
         size = max(1.0, float(value.abs().max()))
-        torch.testing.assert_close(
-            ours[name], value, rtol=1e-4, atol=size * 2e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        for mine in (ours, together):
+            torch.testing.assert_close(
+                mine[name], value, rtol=1e-4, atol=size * 2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("lengths", [(5,), (6,), (7,), (1,), (5, 6, 7), (1, 30, 1)])
@@ -261,5 +344,16 @@ def test_indexers_turn_alike(monkeypatch):
     monkeypatch.setattr(ops, "train_rows_of", lambda x: train_rows)
     ours = indexer(*inputs)
     monkeypatch.setattr(ops, "train_rows_of", lambda x: None)
-    for mine, other in zip(ours, indexer(*inputs), strict=True):
+    theirs = indexer(*inputs)
+    for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    parts = torch.cat([linear.weight.data for linear in joined.of_indexer(indexer)]).split([48, 16, 3])
+    for linear, part in zip(joined.of_indexer(indexer), parts, strict=True):
+        linear.weight.data = part
+    calls, indexer = indexer.calls, indexer.requires_grad_(False)
+    for rows in (None, train_rows):
+        monkeypatch.setattr(ops, "train_rows_of", lambda x, rows=rows: rows)
+        for mine, other in zip(indexer(*inputs), theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+            assert not mine.requires_grad and mine.is_contiguous()
+    assert indexer.calls == calls + 2

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from winnow.models import attach as A
-from winnow.models import inference
+from winnow.models import joined
 from winnow.models.context import train_context
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.models.indexer import IndexerConfig
@@ -454,7 +454,7 @@ def test_the_forward_pass_of_a_gpu_on_vllms_caches(folder, dtype):
     for (name, one), (_, two) in zip(*([*m.named_parameters(), *m.named_buffers()] for m in models), strict=True):
         assert one.dtype == two.dtype and torch.equal(one, two), name
     for model in models:
-        inference.join(model)
+        joined.join(model)
     engine._net.fused = other.forward.fused = True
     new = pack({name: tensor.to(kind) for name, tensor in make_model(seed=1).state_dict().items()}, 1)
     prompts, sampling = [prompt_of(n, n) for n in (5, 41, 100)], Sampling(max_tokens=20, temperature=0.9, seed=3)
