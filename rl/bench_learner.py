@@ -24,6 +24,7 @@ import torch
 
 from winnow.models.attach import attach, use_winnow_attention
 from winnow.models.indexer import IndexerConfig
+from winnow.models.training import separate
 from winnow.rl import memory
 from winnow.rl.bench_models import SHAPES
 from winnow.rl.config import make_config
@@ -106,6 +107,7 @@ def make_learner(
     learner.device, learner.tokenizer = "cuda" if gpu else "cpu", None
     learner._adopt(shape_model(shape, layers, getattr(torch, dtype), device, VOCABULARY if gpu else 1024), shape)
     if attention:  # a batch is one sequence: causal, without a mask
+        separate(learner.model)  # our layers would call our attention
         learner.model.set_attn_implementation(attention)
     return learner
 

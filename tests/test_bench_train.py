@@ -95,6 +95,21 @@ def test_bench_learner_trains_each_row_of_a_shape(
     assert [row.get("failed") for row in kept] == [None, None, None, "full"], "and the others are not lost"
 
 
+def test_the_row_of_torchs_attention_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our layers, where they take part, call our attention whatever the model is told."""
+    called = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or attend(*a, **k)
+    )
+    for row in ("dense, SDPA", "dense"):
+        learner = bench_learner.make_learner("qwen3-0.6b", "cpu", 1, **bench_learner.ROWS[row])
+        assert [bool("forward" in layer.__dict__) for layer in learner.model.model.layers] == [row == "dense"]
+        called.clear()
+        bench_learner.measure(learner, 48, 1)
+        assert bool(called) == (row == "dense, SDPA")
+
+
 @pytest.mark.parametrize("planted", [0, 2 * 4096 * 1024, 4096 * 4096])
 def test_a_forbidden_tensor_in_the_allocators_record_is_a_wrong_row(
     monkeypatch: pytest.MonkeyPatch, planted: int
