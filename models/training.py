@@ -37,17 +37,39 @@ def separate(model: Any) -> None:
 def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """hidden_states [1, T, C] -> [1, T, C]."""
     ctx, rows = kwargs.get("winnow") or open_context(), ops.train_rows_of(hidden_states)
-    angles = kwargs.get("position_embeddings")
-    if ctx is None or rows is None or angles is None or not knows(layer, hidden_states, angles[0], ctx):
+    embedded = kwargs.get("position_embeddings")
+    if ctx is None or rows is None or embedded is None or not knows(layer, hidden_states, embedded[0], ctx):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    before, after = layer.input_layernorm, layer.post_attention_layernorm
+    angles = (embedded[0][0], embedded[1][0])
     x = hidden_states[0]
-    y = rows.norm(x, before.weight, before.variance_epsilon)
-    y = _attention(layer.self_attn, y, angles[0][0], angles[1][0], ctx, rows)
-    x, y = rows.add_norm(y, x, after.weight, after.variance_epsilon)
+    ctx.check_tokens(len(x))
+    y = normed(layer.input_layernorm, x, rows)
+    out = attend(
+        layer.self_attn, y if ctx.coupled else y.detach(), *heads(layer.self_attn, y, *angles, rows), *angles, ctx
+    )
+    x, y = _to_mlp(layer, x, out, rows)
+    return (x + y)[None]
+
+
+def normed(norm: Any, x: Tensor, rows: Any) -> Tensor:
+    y: Tensor = rows.norm(x, norm.weight, norm.variance_epsilon)
+    return y
+
+
+def behind(layer: Any, x: Tensor, out: Tensor, norm: Any, rows: Any) -> tuple[Tensor, Tensor]:
+    """What follows a layer's attention: x [T, C] before it, out [T, H, D] of it -> the layer's output, and that under the next norm."""
+    x, y = _to_mlp(layer, x, out, rows)
+    x, y = rows.add_norm(y, x, norm.weight, norm.variance_epsilon)
+    return x, y
+
+
+def _to_mlp(layer: Any, x: Tensor, out: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
+    """The residual behind the attention, and what the MLP adds to it."""
+    after = layer.post_attention_layernorm
+    x, y = rows.add_norm(layer.self_attn.o_proj(out.reshape(len(x), -1)), x, after.weight, after.variance_epsilon)
     both = joined.together(y, joined.gates(layer.mlp))
     y = rows.silu_mul(both) if both is not None else rows.silu_mul(layer.mlp.gate_proj(y), layer.mlp.up_proj(y))
-    return (x + layer.mlp.down_proj(y))[None]
+    return x, layer.mlp.down_proj(y)
 
 
 def knows(layer: Any, x: Tensor, cos: Tensor, ctx: ForwardContext) -> bool:
@@ -61,18 +83,18 @@ def knows(layer: Any, x: Tensor, cos: Tensor, ctx: ForwardContext) -> bool:
     return quiet and cos.shape[-1] == attention.head_dim and all(norm.weight.dtype == x.dtype for norm in norms)
 
 
-def _attention(module: Any, x: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext, rows: Any) -> Tensor:
-    """x [T, C], normed -> the output of self_attn [T, C]."""
-    ctx.check_tokens(len(x))
-    q, k, v = _heads(module, x, cos, sin, rows)
+def attend(
+    module: Any, y: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext
+) -> Tensor:  # fmt: skip
+    """y [T, C], what the layer's indexer reads; q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
     own = getattr(module, "indexer", None) is not None
-    layer = Layer(module, ctx, (x if ctx.coupled else x.detach(), cos, sin) if own else None)
+    layer = Layer(module, ctx, (y, cos, sin) if own else None)
     out: Tensor = attend_packed(layer, q, k, v, module.scaling)
     layer.finish()
-    return module.o_proj(out.reshape(len(x), -1))
+    return out
 
 
-def _heads(module: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+def heads(module: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, C] -> q [T, H, D] and k [T, Hkv, D], normed where the family does that and turned, v [T, Hkv, D]."""
     dim, normed = module.head_dim, hasattr(module, "q_norm")
     qkv = None if normed else joined.together(x, joined.heads(module))
@@ -84,5 +106,5 @@ def _heads(module: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: Any) -> tuple
     if normed:
         q = rows.norm(q, module.q_norm.weight, module.q_norm.variance_epsilon)
         k = rows.norm(k, module.k_norm.weight, module.k_norm.variance_epsilon)
-    q, k = (rows.turn(heads, cos, sin, dim, "half", heads.dtype) for heads in (q, k))
+    q, k = (rows.turn(part, cos, sin, dim, "half", part.dtype) for part in (q, k))
     return q, k, v

@@ -179,6 +179,11 @@ def check(config: Config) -> Config:
             "the domains' quotas) cannot be divided by it, and updates of unequal size would weigh samples unequally: set it to a divisor "
             f"of {config.prompts_per_step}, or change a quota"
         )
+    if config.learner.cuda_graphs and (config.learner.ranks > 1 or config.learner.checkpointing):
+        other = "learner.ranks is above 1" if config.learner.ranks > 1 else "learner.checkpointing is set"
+        raise ConfigError(
+            f"learner.cuda_graphs is set, but {other}: graphs hold whole weights and what the backward pass reads; set it to false"
+        )
     if config.learner.ranks > (samples := config.prompts_per_step * config.rollout.samples):
         raise ConfigError(
             f"learner.ranks is {config.learner.ranks}, but a step has only {samples} samples, and a rank needs at least one: lower ranks, "

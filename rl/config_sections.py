@@ -94,6 +94,9 @@ class LearnerConfig:
     routing: str = choice("own", "own", "replay")  # of a model with experts: which tokens go to which
     updates_per_batch: int = number(1, low=1)
     checkpointing: bool = False  # recompute activations in the backward pass
+    cuda_graphs: bool = (
+        False  # what concerns a token alone as CUDA graphs: for small models, whose launches take longer than they run
+    )
     restarts: int = number(
         0, low=0
     )  # how often a dead learner process is replaced, from the last checkpoint; then the run fails

@@ -170,7 +170,7 @@ class Learner(Policy):
         routes = routed if self._replays_routing else None
         with scoring.scored(
             self.model, micro, replay=replay, record=recorded is not None and replay is None, experts=routes,
-            record_experts=routed is not None and routes is None, indexer_loss=kl, selector=self._selector,
+            record_experts=routed is not None and routes is None, indexer_loss=kl, selector=self._selector, states=self.states,
         ) as result:  # fmt: skip
             inputs = self._loss_inputs(micro, result, old.get(id(micro)))
             output = compute_loss(inputs, self.config.algorithm, update.denominators)

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from winnow.models import attach
 from winnow.models import load as model_folders
-from winnow.models.forward import lm_head_weight
+from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.models.inference import takes
 from winnow.models.joined import join
+from winnow.models.pieces import Pieces
 from winnow.models.routing import routers
 from winnow.rl.config import Config
 from winnow.rl.optimizer import Optimizer
 from winnow.rl.ranks import Ranks, whole
+from winnow.rl.scoring import States
 from winnow.rl.teachers import Teachers
 from winnow.rollout import weights
 
@@ -72,8 +74,11 @@ class Policy:
                 f"learner.routing is replay, but {path} is a {model.config.model_type} model without experts: set learner.routing to own"
             )
         self.ranks.shard(self.model, attach.indexer_parameters(self.model).values())
+        self.states: States = hidden_states
         if self.device == "cuda" and self.ranks.world == 1 and takes(self.model):
             join(self.model)
+            if config.learner.cuda_graphs:
+                self.states = Pieces(self.model, capture=True).states
         base, indexer = attach.base_parameters(self.model).values(), attach.indexer_parameters(self.model).values()
         self.optimizer = Optimizer(base, indexer, config.learner, config.indexer)
         self.reference = None

@@ -5,10 +5,11 @@ MicroBatch -> ForwardContext(train, own or replayed index sets and experts) -> h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from winnow.models.context import ForwardContext, IndexerLoss, current_context, 
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rl.batching import MicroBatch
 from winnow.rollout import records
+
+States = Callable[[Any, Tensor, ForwardContext], Tensor]  # as `hidden_states`
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,11 +47,13 @@ def scored(
     record_experts: bool = False,
     indexer_loss: IndexerLoss | None = None,
     selector: str = "indexer",
+    states: States = hidden_states,
 ) -> Iterator[Scored]:
     """Scores a micro-batch. The context stays open inside the `with`, so that a backward pass may recompute activations in it.
 
     `replay`: index sets to attend to instead of the model's own. `record`: return the model's own sets. `selector`: what chooses them.
-    `experts`: where to send the tokens instead of what the routers choose. `record_experts`: return what they chose.
+    `experts`: where to send the tokens instead of what the routers choose. `record_experts`: return what they chose. `states`: what runs
+    the layers of a model that is not split over ranks.
     """
     device = next(model.parameters()).device
     bounds = known(torch.as_tensor(micro.cu_seqlens, device=device), micro.cu_seqlens.tolist())
@@ -69,7 +74,9 @@ def scored(
         indexer_loss=indexer_loss,
     )
     with forward_context(context):
-        run = getattr(model, "score_rows", None) or partial(score_rows, model)  # a model over ranks has its own
+        run = getattr(model, "score_rows", None) or partial(
+            score_rows, model, states=states
+        )  # over ranks it has its own
         logprobs, entropy = run(micro)
         yield Scored(
             logprobs=logprobs,
@@ -79,11 +86,11 @@ def scored(
         )
 
 
-def score_rows(model: nn.Module, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+def score_rows(model: nn.Module, micro: MicroBatch, states: States = hidden_states) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy at the trained rows, in the open context: fp32 [N] both."""
     context = current_context()
     device = context.positions.device
-    hidden = hidden_states(model, torch.as_tensor(micro.tokens, device=device).long(), context)  # [T, C]
+    hidden = states(model, torch.as_tensor(micro.tokens, device=device).long(), context)  # [T, C]
     trained = hidden[torch.as_tensor(micro.rows, device=device)]  # [N, C]
     targets = torch.as_tensor(micro.targets, device=device)
     return ops.token_logprobs(trained, lm_head_weight(model), targets, micro.temperature, micro.kept_sets)

@@ -1,0 +1,127 @@
+"""Training passes in pieces of fixed size against the layers as they are: states, the indexers' loss, every gradient. Here without graphs, and on
+a GPU with them."""
+
+import pytest
+import torch
+from test_train_rows import DEV, GPU, draw, make_model
+
+from winnow.kernels import ops, train_rows
+from winnow.models import joined, pieces
+from winnow.models.context import IndexerLoss, train_context
+from winnow.models.forward import hidden_states
+from winnow.models.pieces import Pieces
+
+pytestmark = [pytest.mark.gpu] if GPU else []
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setattr(ops, "train_rows_of", lambda x: train_rows)
+
+
+def trained(states, model, lengths, seed=5, selector="indexer", kl=True):
+    """One pass and its gradients; what is not `model`'s own is gone before the next."""
+    ids = torch.randint(0, 61, (sum(lengths),), generator=torch.Generator().manual_seed(seed)).to(DEV)
+    watch = IndexerLoss() if kl else None
+    ctx = train_context(list(lengths), DEV, selector=selector, indexer_loss=watch)
+    out = states(model, ids, ctx)
+    loss = (out * draw(*out.shape, seed=seed + 1, dtype=out.dtype)).sum() + (watch.total() if watch else 0.0)
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"out": out.detach().clone(), **({"kl": watch.total().detach()} if watch else {}), **grads}
+
+
+def same(ours, theirs, dtype=torch.float32):
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        size = max(1.0, float(value.float().abs().max()))
+        close = {"rtol": 1e-4, "atol": size * 2e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": size * 2e-2}
+        torch.testing.assert_close(ours[name], value, msg=lambda text, name=name: f"{name}: {text}", **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("llama", {"leaders": (0,)}),
+        ("llama", {"num_hidden_layers": 1}),
+    ],
+)
+def test_pieces_are_the_layers(family, options, dtype, monkeypatch):
+    """Batches that shrink and grow, past the first capacity too; what an earlier one left in the rows behind changes nothing."""
+    monkeypatch.setattr(pieces, "STEP", 8)
+    model = make_model(family, **options).to(dtype)
+    for layer in model.model.layers:
+        if getattr(layer.self_attn, "indexer", None) is not None:
+            layer.self_attn.indexer.float()
+    joined.join(model)
+    graphed = Pieces(model, capture=GPU)
+    capacities = []
+    for seed, lengths in enumerate([(12, 9), (7, 5, 1), (24,), (5,), (17, 15, 1), (6, 13)]):
+        capacities.append(graphed.capacity)
+        same(trained(graphed.states, model, lengths, seed), trained(hidden_states, model, lengths, seed), dtype)
+    assert capacities == [0, 24, 24, 24, 24, 40] and graphed.captures == (2 if GPU else 0)
+    assert (graphed._out[:, 19:] == 0).all() and (graphed._first[19:] == 0).all(), "rows behind the batch's"
+    assert all((part[:, 19:] == 0).all() for part in graphed._heads_back)
+
+
+@pytest.mark.parametrize("selector", ["dense", "recent"])
+def test_other_selections_and_frozen_parameters(selector, monkeypatch):
+    monkeypatch.setattr(pieces, "STEP", 16)
+    model = make_model("llama")
+    for name, p in model.named_parameters():
+        p.requires_grad_(
+            "indexer" not in name and "layers.1.mlp.up_proj" not in name and "layers.2.self_attn.q" not in name
+        )
+    joined.join(model)
+    graphed = Pieces(model, capture=GPU)
+    for lengths in ((12, 9), (10,)):
+        ours = trained(graphed.states, model, lengths, 1, selector, kl=False)
+        same(ours, trained(hidden_states, model, lengths, 1, selector, kl=False))
+    assert not any("up_proj" in name and "layers.1" in name for name in ours)
+
+
+def test_gradients_of_two_passes_add_up():
+    """In fp32 the sums are the parameters' own, and a second pass must not write where the first one's lie."""
+    model = make_model("llama")
+    joined.join(model)
+    graphed = Pieces(model, capture=GPU)
+    sums = {}
+    for states in (graphed.states, hidden_states):
+        for seed in (1, 2):
+            ids = torch.randint(0, 61, (15,), generator=torch.Generator().manual_seed(seed)).to(DEV)
+            states(model, ids, train_context([9, 6], DEV)).square().sum().backward()
+        sums[states] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+    same(*sums.values())
+
+
+def test_what_the_pieces_leave_to_the_layers(monkeypatch):
+    """Passes without gradients, batches far below the capacity, other models, other devices' kernels."""
+    monkeypatch.setattr(pieces, "STEP", 16)
+    model, other = make_model("llama"), make_model("qwen3")
+    graphed = Pieces(model, capture=GPU)
+    left = []
+    monkeypatch.setattr(pieces, "hidden_states", lambda *a: left.append(1) or hidden_states(*a))
+    ids = torch.arange(60, device=DEV)
+    graphed.states(model, ids, train_context([60], DEV))
+    assert graphed.capacity == 80 and not left
+    with torch.no_grad():
+        graphed.states(model, ids, train_context([60], DEV))
+    graphed.states(model, ids[:9], train_context([9], DEV))
+    graphed.states(other, ids, train_context([60], DEV))
+    graphed.states(model, ids, train_context([60], DEV, coupled=True))
+    assert len(left) == 4
+    graphed.states(model, ids[:10], train_context([10], DEV))
+    assert len(left) == 4
+    with pytest.raises(ValueError, match="the context holds 12 packed tokens"):
+        graphed.states(model, ids[:10], train_context([12], DEV))
+    assert len(left) == 5
+    monkeypatch.setattr(ops, "train_rows_of", lambda x: None)
+    graphed.states(model, ids, train_context([60], DEV))
+    assert len(left) == 6
