@@ -232,7 +232,11 @@ class Pieces:
         residual = self._first
         for index, run in enumerate(runs):
             piece = Piece(run, (residual, self._out[index - 1]) if index else (residual,), parameters[index])
-            piece.forward, piece.outputs = _captured(lambda: piece.run(*piece.inputs), stream, pool)  # noqa: B023
+
+            def ahead(piece: Piece = piece) -> tuple[Tensor, ...]:
+                return piece.run(*piece.inputs)
+
+            piece.forward, piece.outputs = _captured(ahead, stream, pool)
             residual = piece.outputs[0] if index > 0 else residual
             self._pieces.append(piece)
         following: Tensor | None = None  # the gradient of the residual, as the piece behind leaves it

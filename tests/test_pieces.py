@@ -1,5 +1,8 @@
-"""Training passes in pieces of fixed size against the layers as they are: states, the indexers' loss, every gradient. Here without graphs, and on
-a GPU with them."""
+"""Training passes in pieces of fixed size against the layers as they are: states, the indexers' loss, every gradient. On a GPU with
+graphs, here with something that does what they do."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,41 @@ DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     monkeypatch.setattr(ops, "train_rows_of", lambda x: train_rows)
+
+
+class Recorded:
+    """What a CUDA graph does, on a CPU: runs again what was captured, and leaves the results where they were then. A backward pass is made of
+    the inputs as they lie, which must be those of its own forward pass."""
+
+    def __init__(self, run, stream, pool):
+        self.run, self.piece = run, run.__defaults__[0] if run.__name__ == "back" else None
+        self.made = run()
+
+    def replay(self):
+        if self.piece is None:
+            fresh = self.run()
+        else:
+            with torch.enable_grad():
+                inputs = [x.detach().clone().requires_grad_() for x in self.piece.inputs]
+                outputs = [x for x in self.piece.run(*inputs) if x.requires_grad]
+                learned = [*inputs, *self.piece.parameters]
+                fresh = torch.autograd.grad(outputs, learned, self.piece.into, allow_unused=True)
+        for static, value in zip(self.made, fresh, strict=True):
+            if static is not None:
+                static.data.copy_(value)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Whether pieces are captured: by graphs on a GPU, by `Recorded` elsewhere."""
+    if not GPU:
+        monkeypatch.setattr(pieces, "_captured", lambda *how: (lambda graph: (graph, graph.made))(Recorded(*how)))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+        for name in ("synchronize", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+    return True
 
 
 def trained(states, model, lengths, seed=5, selector="indexer", kl=True):
@@ -52,7 +90,7 @@ def same(ours, theirs, dtype=torch.float32):
         ("llama", {"num_hidden_layers": 1}),
     ],
 )
-def test_pieces_are_the_layers(family, options, dtype, monkeypatch):
+def test_pieces_are_the_layers(family, options, dtype, monkeypatch, captures):
     """Batches that shrink and grow, past the first capacity too; what an earlier one left in the rows behind changes nothing."""
     monkeypatch.setattr(pieces, "STEP", 8)
     model = make_model(family, **options).to(dtype)
@@ -60,18 +98,18 @@ def test_pieces_are_the_layers(family, options, dtype, monkeypatch):
         if getattr(layer.self_attn, "indexer", None) is not None:
             layer.self_attn.indexer.float()
     joined.join(model)
-    graphed = Pieces(model, capture=GPU)
+    graphed = Pieces(model, capture=captures)
     capacities = []
     for seed, lengths in enumerate([(12, 9), (7, 5, 1), (24,), (5,), (17, 15, 1), (6, 13)]):
         capacities.append(graphed.capacity)
         same(trained(graphed.states, model, lengths, seed), trained(hidden_states, model, lengths, seed), dtype)
-    assert capacities == [0, 24, 24, 24, 24, 40] and graphed.captures == (2 if GPU else 0)
+    assert capacities == [0, 24, 24, 24, 24, 40] and graphed.captures == 2
     assert (graphed._out[:, 19:] == 0).all() and (graphed._first[19:] == 0).all(), "rows behind the batch's"
     assert all((part[:, 19:] == 0).all() for part in graphed._heads_back)
 
 
 @pytest.mark.parametrize("selector", ["dense", "recent"])
-def test_other_selections_and_frozen_parameters(selector, monkeypatch):
+def test_other_selections_and_frozen_parameters(selector, monkeypatch, captures):
     monkeypatch.setattr(pieces, "STEP", 16)
     model = make_model("llama")
     for name, p in model.named_parameters():
@@ -79,18 +117,18 @@ def test_other_selections_and_frozen_parameters(selector, monkeypatch):
             "indexer" not in name and "layers.1.mlp.up_proj" not in name and "layers.2.self_attn.q" not in name
         )
     joined.join(model)
-    graphed = Pieces(model, capture=GPU)
+    graphed = Pieces(model, capture=captures)
     for lengths in ((12, 9), (10,)):
         ours = trained(graphed.states, model, lengths, 1, selector, kl=False)
         same(ours, trained(hidden_states, model, lengths, 1, selector, kl=False))
     assert not any("up_proj" in name and "layers.1" in name for name in ours)
 
 
-def test_gradients_of_two_passes_add_up():
+def test_gradients_of_two_passes_add_up(captures):
     """In fp32 the sums are the parameters' own, and a second pass must not write where the first one's lie."""
     model = make_model("llama")
     joined.join(model)
-    graphed = Pieces(model, capture=GPU)
+    graphed = Pieces(model, capture=captures)
     sums = {}
     for states in (graphed.states, hidden_states):
         for seed in (1, 2):
@@ -101,11 +139,11 @@ def test_gradients_of_two_passes_add_up():
     same(*sums.values())
 
 
-def test_what_the_pieces_leave_to_the_layers(monkeypatch):
+def test_what_the_pieces_leave_to_the_layers(monkeypatch, captures):
     """Passes without gradients, batches far below the capacity, other models, other devices' kernels."""
     monkeypatch.setattr(pieces, "STEP", 16)
     model, other = make_model("llama"), make_model("qwen3")
-    graphed = Pieces(model, capture=GPU)
+    graphed = Pieces(model, capture=captures)
     left = []
     monkeypatch.setattr(pieces, "hidden_states", lambda *a: left.append(1) or hidden_states(*a))
     ids = torch.arange(60, device=DEV)
