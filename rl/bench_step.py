@@ -44,6 +44,7 @@ class StepBench:
     tokens: int = 64
     steps: int = 10
     wall: float | None = None  # seconds after the first step at which a run ends, if its steps have not
+    until: float | None = None  # seconds after the start of its process, likewise
     seed: int = 0
 
 
@@ -83,6 +84,12 @@ def bench_step(
     return figures
 
 
+def over(bench: StepBench, ends: Sequence[float]) -> bool:
+    """Whether a run has had its time with the step that ended last. ends: in seconds after the start of the process."""
+    wall = bench.wall is not None and ends[-1] - ends[0] >= bench.wall
+    return wall or (bench.until is not None and ends[-1] >= bench.until)
+
+
 class Over(Exception):
     """All that is timed has run: raised by what hears of steps, so that a run ends without the checkpoint that runs end with (of a large
     model, minutes)."""
@@ -97,7 +104,7 @@ def ours(bench: StepBench, model: str, scratch: Path, progress: Callable[[str], 
         if text.startswith("step "):
             ends.append(seconds_alive())
             progress(f"ours: {ends[-1]:.2f} s after the start, {text}")
-            if bench.wall and ends[-1] - ends[0] >= bench.wall:
+            if over(bench, ends):
                 raise Over
 
     config = step_config(bench, model, scratch)

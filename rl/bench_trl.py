@@ -46,7 +46,7 @@ def _trainer(
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from winnow.rl.bench_step import seconds_alive, step_config
+    from winnow.rl.bench_step import over, seconds_alive, step_config
     from winnow.rl.grading import prepared_tasks
 
     gpu = bench.device.startswith("cuda")
@@ -61,7 +61,7 @@ def _trainer(
             if gpu:
                 torch.cuda.synchronize()
             ends.append(seconds_alive())
-            if bench.wall and ends[-1] - ends[0] >= bench.wall:
+            if over(bench, ends):
                 control.should_training_stop = True
 
         def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:

@@ -26,6 +26,7 @@ from winnow.rl.pipeline import fingerprint
 
 START_S = {"ours": 40.0, "trl": 90.0}  # kept for what comes before a first step: TRL with vLLM needs about 70 s
 LEAST_S = 10.0  # of steps; a shorter run shows nothing
+SPARE_S = 10.0  # of a run's share, for its last step and for what it says at the end
 EVERY_S = 10.0  # of the curves' table, and the seconds over which a reward is taken
 LAST = 10  # steps over which the last reward is taken
 
@@ -67,12 +68,13 @@ class Versus:
         return self._write(list(plans))
 
     def _plan(self, name: str, bench: StepBench) -> dict[str, Any]:
-        """What decides a run's figures; the wall time is no part of it."""
-        sizes = {key: value for key, value in asdict(bench).items() if key != "wall"}
+        """What decides a run's figures; how long it may take is no part of it."""
+        sizes = {key: value for key, value in asdict(bench).items() if key not in ("wall", "until")}
         return {**sizes, "name": name, "model_files": fingerprint(bench.model) if bench.model else None}
 
     def _measure(self, run: str, name: str, bench: StepBench, share: float) -> dict[str, Any]:
-        """One process within `share` seconds. A run that failed says why and has no figures."""
+        """One process within `share` seconds: where its start takes more of them than was kept for it, its steps have fewer. A run that
+        failed says why and has no figures."""
         found: dict[str, Any] = {"plan": self._plan(name, bench)}
         wall = min(bench.wall or float("inf"), share - START_S[name])
         if wall < LEAST_S:
@@ -82,7 +84,7 @@ class Versus:
             }
         path = self.out / f"{run}.json"
         plan = self.out / f"{run}.plan.json"
-        plan.write_text(json.dumps({"name": name, "bench": {**asdict(bench), "wall": wall}}))
+        plan.write_text(json.dumps({"name": name, "bench": {**asdict(bench), "wall": wall, "until": share - SPARE_S}}))
         rows: list[dict[str, Any]] = []
         command = [sys.executable, "-m", "winnow.rl.bench_versus", str(plan)]
         self.say(f"{run}: {wall:.0f} s after its first step at most")

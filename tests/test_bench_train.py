@@ -179,6 +179,7 @@ class Peers:
         plan = json.loads(Path(command[-1]).read_text())
         run = Path(command[-1]).name.removesuffix(".plan.json")
         self.asked.append((run, plan["bench"]["wall"], seconds))
+        assert plan["bench"]["until"] == seconds - bench_versus.SPARE_S
         if run in self.failing:
             return "exit code 1: CUDA is out of memory"
         pace = 0.5 if plan["name"] == "ours" else 1.0
@@ -213,6 +214,14 @@ def test_ours_and_a_peer_run_seed_by_seed_and_what_is_there_is_not_run_again(
     assert main(command) == 0 and [run for run, *_ in peers.asked] == ["trl-s1"]
     assert main([*command, "--tokens", "32", "--limit-s", "100"]) == 1 and len(peers.asked) == 1, "other sizes, no time"
     assert "not run: its share of the limit is 25 s" in capsys.readouterr().err
+
+
+def test_a_run_whose_start_took_its_time_ends_with_what_it_has() -> None:
+    bench = bench_step.StepBench(wall=40, until=126)
+    starts = {20.0: [20.0, 59.9, 60.0], 100.0: [100.0, 125.9, 126.0], 130.0: [130.0]}
+    for ends in starts.values():
+        assert [bench_step.over(bench, ends[: i + 1]) for i in range(len(ends))] == [False] * (len(ends) - 1) + [True]
+    assert not bench_step.over(bench_step.StepBench(), [1.0, 1e6])
 
 
 def test_a_peers_process_says_what_it_found_and_ends(tmp_path: Path) -> None:
