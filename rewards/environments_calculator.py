@@ -7,9 +7,10 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
-from winnow.rewards.latex import Unreadable, context, evaluate, names, number, read
+from winnow.rewards.latex import Unreadable, names, read
 from winnow.rewards.reasoning import gold_number, last_number
 from winnow.rewards.toolbox import Tool, Toolbox, ToolError, call_text, tool
+from winnow.rewards.values import context, evaluate, number
 from winnow.rollout.schema import Message, Task
 
 MAX_CHARS = 200
