@@ -46,6 +46,7 @@ class StepBench:
     wall: float | None = None  # seconds after the first step at which a run ends, if its steps have not
     until: float | None = None  # seconds after the start of its process, likewise
     seed: int = 0
+    overrides: Sequence[str] = ()  # of our run's config
 
 
 def bench_step(
@@ -165,7 +166,8 @@ def step_config(bench: StepBench, model: str, scratch: Path) -> Any:
             "algorithm": {"truncated": "keep"},
             "schedule": {"steps": bench.steps, "save_every": 0},
             "cluster": {"address": "here", "learner_gpus": share, "worker_gpus": share},
-        }
+        },
+        bench.overrides,
     )  # fmt: skip
 
 

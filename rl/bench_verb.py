@@ -107,7 +107,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="ablation, sparse-dense, scaling: overrides of the config",
+        help="step, ablation, sparse-dense, scaling: overrides of our run's config",
     )
     bench.add_argument(
         "--peers", nargs="+", default=[], choices=("trl",), help="step: who else does the same work, where installed"
@@ -209,7 +209,7 @@ def bench_training(arguments: argparse.Namespace) -> dict[str, Any]:
 
     bench = StepBench(
         model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens, steps=a.steps or 10,
-        wall=a.wall, seed=a.seed,
+        wall=a.wall, seed=a.seed, overrides=a.set,
     )  # fmt: skip
     figures = bench_step(bench, a.peers, a.only or (), say)
     for line in as_rows(figures):
@@ -227,7 +227,7 @@ def versus(arguments: argparse.Namespace) -> None:
         raise ValueError("bench step --seeds needs --out (a folder for table, curves and every run's figures)")
     bench = StepBench(
         model=a.model, device=a.device, threads=a.threads, prompts=a.prompts, samples=a.samples, tokens=a.tokens,
-        steps=a.steps or 1000, wall=a.wall or 60,
+        steps=a.steps or 1000, wall=a.wall or 60, overrides=a.set,
     )  # fmt: skip
     missing = Versus(bench, Path(a.out), a.peers, a.seeds, a.only or (), a.limit_s or Versus.limit_s, say).run()[
         "missing"

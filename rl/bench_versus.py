@@ -70,6 +70,7 @@ class Versus:
     def _plan(self, name: str, bench: StepBench) -> dict[str, Any]:
         """What decides a run's figures; how long it may take is no part of it."""
         sizes = {key: value for key, value in asdict(bench).items() if key not in ("wall", "until")}
+        sizes["overrides"] = list(bench.overrides)  # as a file has them
         return {**sizes, "name": name, "model_files": fingerprint(bench.model) if bench.model else None}
 
     def _measure(self, run: str, name: str, bench: StepBench, share: float) -> dict[str, Any]:

@@ -179,6 +179,7 @@ class Peers:
         plan = json.loads(Path(command[-1]).read_text())
         run = Path(command[-1]).name.removesuffix(".plan.json")
         self.asked.append((run, plan["bench"]["wall"], seconds))
+        assert plan["bench"]["overrides"] == ["learner.lr=1e-4"]
         assert plan["bench"]["until"] == seconds - bench_versus.SPARE_S
         if run in self.failing:
             return "exit code 1: CUDA is out of memory"
@@ -195,7 +196,8 @@ def test_ours_and_a_peer_run_seed_by_seed_and_what_is_there_is_not_run_again(
 ) -> None:
     peers = Peers(monkeypatch)
     peers.failing = {"trl-s1"}
-    command = ["bench", "step", "--seeds", "0", "1", "--peers", "trl", "--wall", "30", "--limit-s", "400", "--out", str(tmp_path)]  # fmt: skip
+    command = ["bench", "step", "--seeds", "0", "1", "--peers", "trl", "--wall", "30", "--limit-s", "400", "--out", str(tmp_path),
+               "--set", "learner.lr=1e-4"]  # fmt: skip
     assert main(command) == 1
     said = capsys.readouterr()
     assert "1 runs have no figures: trl-s1: exit code 1: CUDA" in said.err
