@@ -45,6 +45,7 @@ class Piece:
         self.back: tuple[Tensor | None, ...] = ()  # of inputs and parameters
         self.forward: Any = None
         self.backward: Any = None
+        self.passes = 0  # how often it ran forward: what lies here is the last one's
 
 
 class _Replay(torch.autograd.Function):
@@ -55,7 +56,8 @@ class _Replay(torch.autograd.Function):
         for static, x in zip(piece.inputs, given, strict=False):
             _move(static.data, x)
         piece.forward.replay()
-        ctx.piece = piece
+        piece.passes += 1
+        ctx.piece, ctx.number = piece, piece.passes
         ctx.set_materialize_grads(False)
         outputs = tuple(x.detach() for x in piece.outputs)
         ctx.mark_non_differentiable(
@@ -66,6 +68,11 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         piece: Piece = ctx.piece
+        if ctx.number != piece.passes:
+            raise RuntimeError(
+                "a backward pass through graphs whose numbers are those of a later forward pass: run each backward before the next forward, "
+                "or set learner.cuda_graphs to false"
+            )
         wanted = [g for g, x in zip(grads, piece.outputs, strict=True) if x.requires_grad]
         for static, grad in zip(piece.into, wanted, strict=True):
             if grad is None:

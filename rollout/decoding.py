@@ -27,6 +27,7 @@ from winnow.rollout.cache import PagedCache
 from winnow.rollout.records import NARROW_LIMIT
 from winnow.rollout.sampler import uniforms
 from winnow.rollout.scheduler import Slots
+from winnow.rollout.sequence import Sequence
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows; beyond, multiples of 128
 PATIENCE = 48  # steps that run at a larger shape before theirs is captured: a capture takes about as long as they lose
@@ -112,6 +113,21 @@ class Copy:
     source: Tensor
     target: np.ndarray
     staged: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Flight:
+    """A decode step under way: the sequences that it runs for, as they were when it was launched."""
+
+    sequences: list[Sequence]
+    slots: np.ndarray
+    lengths: np.ndarray
+    step: Launched
+
+    @property
+    def alive(self) -> list[bool]:
+        """Whose token still counts: not that of a sequence whose turn ended with the step before, or that was pushed out meanwhile."""
+        return [sequence.slot == slot for sequence, slot in zip(self.sequences, self.slots.tolist(), strict=True)]
 
 
 class Decoding:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Row
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from winnow.models.attach import cache_shape, indexer_config
 from winnow.models.forward import lm_head_weight
 from winnow.models.routing import routers
 from winnow.rollout.cache import PagedCache
-from winnow.rollout.decoding import Decoding, Launched
+from winnow.rollout.decoding import Decoding, Flight
 from winnow.rollout.engine_config import EngineConfig, check_prompt, named_ends
 from winnow.rollout.forward import Forward
 from winnow.rollout.records import NARROW_LIMIT
@@ -32,21 +31,6 @@ from winnow.rollout.scheduler import Scheduler
 from winnow.rollout.schema import Sampling
 from winnow.rollout.sequence import Sequence, Span
 from winnow.rollout.weights import copy_into
-
-
-@dataclass(slots=True, kw_only=True)
-class _Flight:
-    """A decode step under way: the sequences that it runs for, as they were when it was launched."""
-
-    sequences: list[Sequence]
-    slots: np.ndarray
-    lengths: np.ndarray
-    step: Launched
-
-    @property
-    def alive(self) -> list[bool]:
-        """Whose token still counts: not that of a sequence whose turn ended with the step before, or that was pushed out meanwhile."""
-        return [sequence.slot == slot for sequence, slot in zip(self.sequences, self.slots.tolist(), strict=True)]
 
 
 class Engine:
@@ -94,7 +78,7 @@ class Engine:
         )  # fmt: skip
         graphs = self.forward.fused and config.cuda_graphs and config.selector in ("indexer", "dense")
         self.decoding = self.static_decoding(capture=True) if graphs else None
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self.scheduler.settle_records = self._settle_records
 
     def _settle_records(self) -> None:
@@ -304,7 +288,7 @@ class Engine:
         if self.decoding is not None:
             step = self.decoding.launch(rows, slots, lengths, not rows.filtered(slots), self.records, None)
             assert step is not None
-            self._flight = _Flight(sequences=running, slots=slots, lengths=lengths, step=step)
+            self._flight = Flight(sequences=running, slots=slots, lengths=lengths, step=step)
             return self._land()
         self._stepped(len(running))
         hidden, sets, routes = self.forward.decode(rows, slots)
@@ -338,7 +322,7 @@ class Engine:
         drawn = Drawn(tokens=stepped.tokens[rows], logprobs=stepped.logprobs[rows], kept=None)
         return self._append(running, slots, drawn)
 
-    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
         """The step after the one under way, for those of its sequences that have room for two more tokens. One of them may yet end with the
         token under way: then the other is drawn for nothing. None where somebody else could begin, pages are short, or the host draws.
         """
@@ -350,7 +334,7 @@ class Engine:
         if flight.step.logits is not None or not self.scheduler.plan_ahead(sequences):
             return None
         step = self.decoding.launch(state, slots, lengths, True, self.records, (flight.step, rows))
-        return None if step is None else _Flight(sequences=sequences, slots=slots, lengths=lengths, step=step)
+        return None if step is None else Flight(sequences=sequences, slots=slots, lengths=lengths, step=step)
 
     def _abandon(self) -> None:
         """Waits for the step under way, of which nothing is wanted."""

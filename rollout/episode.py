@@ -157,7 +157,7 @@ class EpisodeRunner:
         episode = _Episode(job=job, number=number, messages=messages, environment=environment)
         job.episodes.append(episode)
         if job.opened is None or job.opened[0] != messages:  # samples of one task begin alike, mostly
-            job.opened = list(messages), self.template.prompt_ids(messages, request.template)
+            job.opened = [dict(message) for message in messages], self.template.prompt_ids(messages, request.template)
         prompt = job.opened[1]
         total = request.max_total_tokens
         [episode.sample] = self.engine.add(prompt, request.sampling, 1, request.request_id, total, first_sample=number)

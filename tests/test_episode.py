@@ -208,6 +208,26 @@ def test_groups_do_not_depend_on_what_runs_beside_them(tokenizer):
     assert {(t.turns, t.finish_reason) for t in together["a"].trajectories} == {(2, "done")}
 
 
+def test_samples_that_begin_differently_have_prompts_of_their_own(tokenizer):
+    """A task is tokenised once for samples that begin alike; an environment may deal each another beginning, even in the same dict."""
+    beginning = {"role": "system", "content": ""}
+
+    class Dealer(Counter):
+        def reset(self, task):
+            beginning["content"] = "abcab"[len(dealt)]
+            dealt.append(beginning["content"])
+            return (beginning,)
+
+    dealt = []
+    [group] = runner_for(tokenizer, lambda name: Dealer(1)).run([request(samples=5, environment="dealer")])
+    template = ChatTemplate(tokenizer)
+    for trajectory, begun in zip(group.trajectories, dealt, strict=True):
+        user = {"role": "user", "content": "hello there"}
+        want = template.prompt_ids([user, {"role": "system", "content": begun}])
+        assert trajectory.tokens[: len(want)].tolist() == want
+    assert len({tuple(t.tokens[~t.loss_mask].tolist()) for t in group.trajectories}) == 3
+
+
 def test_budgets(tokenizer):
     runner = runner_for(tokenizer, lambda name: Counter(99))
     prompt = len(runner.template.prompt_ids([*task().messages, {"role": "system", "content": "begin"}]))

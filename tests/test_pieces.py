@@ -48,6 +48,7 @@ class Recorded:
 @pytest.fixture
 def captures(monkeypatch):
     """Whether pieces are captured: by graphs on a GPU, by `Recorded` elsewhere."""
+    monkeypatch.setattr(pieces, "STEP", 16)
     if not GPU:
         monkeypatch.setattr(pieces, "_captured", lambda *how: (lambda graph: (graph, graph.made))(Recorded(*how)))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
@@ -110,7 +111,6 @@ def test_pieces_are_the_layers(family, options, dtype, monkeypatch, captures):
 
 @pytest.mark.parametrize("selector", ["dense", "recent"])
 def test_other_selections_and_frozen_parameters(selector, monkeypatch, captures):
-    monkeypatch.setattr(pieces, "STEP", 16)
     model = make_model("llama")
     for name, p in model.named_parameters():
         p.requires_grad_(
@@ -139,9 +139,20 @@ def test_gradients_of_two_passes_add_up(captures):
     same(*sums.values())
 
 
+def test_a_backward_pass_after_another_forward_is_refused(captures):
+    """Its numbers are written over by then: the gradients would be the other batch's, and nothing would say so."""
+    model = make_model("llama")
+    joined.join(model)
+    graphed = Pieces(model, capture=captures)
+    first, second = (graphed.states(model, torch.arange(n, device=DEV), train_context([n], DEV)) for n in (12, 12))
+    with pytest.raises(RuntimeError, match="those of a later forward pass"):
+        first.sum().backward()
+    model.zero_grad()
+    second.sum().backward()
+
+
 def test_what_the_pieces_leave_to_the_layers(monkeypatch, captures):
     """Passes without gradients, batches far below the capacity, other models, other devices' kernels."""
-    monkeypatch.setattr(pieces, "STEP", 16)
     model, other = make_model("llama"), make_model("qwen3")
     graphed = Pieces(model, capture=captures)
     left = []
