@@ -169,17 +169,15 @@ def layer_mla(batch: int, length: int) -> Case:
 
 
 def linear(n: int, k: int, tokens: int) -> Case:
+    from winnow.kernels.invariant import FULL
     from winnow.kernels.invariant import linear as multiply
 
     weights = [noise(n, k) * 0.02 for _ in range(max(3, int(2e8 / (n * k * 2))))]
     x = noise(tokens, k)
-    work = (
-        torch.empty(4 * tokens * n, device="cuda"),
-        torch.zeros(-(-n // 64) * -(-tokens // 16), dtype=torch.int32, device="cuda"),
-    )
+    arrivals = torch.zeros(FULL, dtype=torch.int32, device="cuda")
 
     def call(i: int) -> Any:
-        return multiply(x, weights[i], workspace=work)
+        return multiply(x, weights[i], arrivals=arrivals)
 
     def check() -> float:
         return expect(distance(call(0), x.double() @ weights[0].double().T), 7e-6, "linear")

@@ -4,6 +4,8 @@ The first kernel (indexer_logits.py) writes scores and the maximum of every few;
 by those maxima, keeps about 1.4 k candidates and chooses exactly.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 
@@ -25,12 +27,13 @@ def select_workspace(batch, width, k, device):
 
 
 def select_decode(
-    q, cache, w, block_table, seq_lens, k, max_len, out=None, counts=None, workspace=None, check=True, **options
-):
+    q, cache, w, block_table, seq_lens, k, max_len, out=None, counts=None, workspace=None, check=True, side=None, **options
+):  # fmt: skip
     """The k best positions of one query per sequence: arguments as in `indexer_logits_decode`, results as in `topk`.
 
     Rows no longer than k get every position and cost neither scores nor a choice. Graph-safe when out, counts and workspace
-    are given and check is False.
+    are given and check is False. side: a branch that chooses, to be joined before the sets are read (not with check); scores are read
+    at the device's full rate and leave nothing for others, while the choice mostly waits for itself.
     """
     work = workspace or select_workspace(len(q), max_len, k, q.device)
     out = torch.empty(len(q), k, dtype=torch.int32, device=q.device) if out is None else out
@@ -51,7 +54,8 @@ def select_decode(
         block_n=BLOCK_N,
         **options,
     )
-    select_from_maxima(work["scores"], seq_lens, k, work, out, counts, span, skipped=True)
+    with nullcontext() if side is None else side.beside():
+        select_from_maxima(work["scores"], seq_lens, k, work, out, counts, span, skipped=True)
     if check and int(work["bad"]):
         work["bad"].zero_()
         raise ValueError("select_decode: a score is NaN; the indexer's input or weights are broken")

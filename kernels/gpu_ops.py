@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.kernels.branch import Branch
 from winnow.kernels.packing import on_host
 from winnow.kernels.selection import Selection, window_selection
 
@@ -76,20 +77,28 @@ def sparse_decode(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: dict[Any, Any] | None = None) -> Tensor:
     """As ops.linear with exact: products that are cut along the inner dimension count arrivals in one array a pass and stream."""
+    from winnow.kernels.invariant import FULL
     from winnow.kernels.invariant import linear as multiply
-    from winnow.kernels.invariant import linear_arrivals, linear_plan
 
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    work = None
-    pieces = linear_plan(len(weight), x.shape[1], x.element_size())[1]
-    if scratch is not None and pieces > 1 and len(x):
-        wanted = linear_arrivals(len(weight), len(x))
+    arrivals = None
+    if scratch is not None:
         key = ("linear", torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
-        if len(scratch.get(key, ())) < wanted:
-            scratch[key] = torch.zeros(max(4096, wanted), dtype=torch.int32, device=x.device)
-        parts = torch.empty(pieces * len(x) * len(weight), dtype=torch.float32, device=x.device)
-        work = (parts, scratch[key])
-    return multiply(x, weight, bias, work, precision=precision)
+        if key not in scratch:
+            scratch[key] = torch.zeros(FULL, dtype=torch.int32, device=x.device)
+        arrivals = scratch[key]
+    return multiply(x, weight, bias, arrivals, _precision())
+
+
+def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """As ops.linear_parts."""
+    from winnow.kernels.invariant import linear_parts as multiply
+
+    return multiply(x, weight, _precision())
+
+
+def _precision() -> str:
+    """Of fp32 products: torch's own setting."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def sparse_prefill(
@@ -137,7 +146,7 @@ def topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:
 
 def select_paged(
     q: Tensor, cache: Tensor, w: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int,
-    scratch: dict[Any, Any] | None = None, faults: Tensor | None = None,
+    scratch: dict[Any, Any] | None = None, faults: Tensor | None = None, side: Branch | None = None,
 ) -> Selection:  # fmt: skip
     """As ops.select_paged with the indexer: q [B, H_I, D_I], one query a sequence."""
     from winnow.kernels.decode_select import select_decode, select_workspace
@@ -151,7 +160,9 @@ def select_paged(
         work = scratch[key]
     # A graph cannot wait for the device: without `faults` a NaN there is not noticed.
     check = work is None and not (q.is_cuda and torch.cuda.is_current_stream_capturing())
-    chosen = select_decode(q, cache, w.float(), block_table, seq_lens, top_k, width, workspace=work, check=check)
+    chosen = select_decode(
+        q, cache, w.float(), block_table, seq_lens, top_k, width, workspace=work, check=check, side=side
+    )
     return Selection(*chosen)
 
 

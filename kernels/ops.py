@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import gpu_ops, gpu_train, torch_attention, torch_indexer, torch_logprobs, torch_rows
+from winnow.kernels.branch import Branch
 from winnow.kernels.omission import Omission
 from winnow.kernels.selection import Selection, exact_topk
+
+FEW_ROWS = 256  # of a product whose pieces are added up by its reader: with more, they are more to write and read than the weights
 
 
 def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
@@ -72,15 +75,16 @@ def select_prefill(
 
 def select_paged(
     q: Tensor | None, index_cache: Tensor | None, w: Tensor | None, block_table: Tensor, seq_lens: Tensor, top_k: int,
-    selector: str = "indexer", scratch: dict[Any, Any] | None = None, faults: Tensor | None = None,
+    selector: str = "indexer", scratch: dict[Any, Any] | None = None, faults: Tensor | None = None, side: Branch | None = None,
 ) -> Selection:  # fmt: skip
     """Decode: q [B, H_I, D_I], w [B, H_I], one query per sequence at position seq_len - 1; index_cache [pages, page, D_I].
 
-    scratch, faults: as in a ForwardContext, for CUDA graphs; a NaN score raises ValueError where no faults int32 [1] takes it.
+    scratch, faults, side: as in a ForwardContext, for CUDA graphs; a NaN score raises ValueError where no faults int32 [1] takes it.
+    With side the sets are not there until it has been joined.
     """
     if selector == "indexer" and gpu_ops.takes_index(q, index_cache, paged=True):
         assert q is not None and index_cache is not None and w is not None
-        return gpu_ops.select_paged(q, index_cache, w, block_table, seq_lens, top_k, scratch, faults)
+        return gpu_ops.select_paged(q, index_cache, w, block_table, seq_lens, top_k, scratch, faults, side)
     return torch_indexer.decode_selection(q, index_cache, w, block_table, seq_lens, top_k, selector)
 
 
@@ -190,6 +194,14 @@ def linear(
     if exact and x.is_cuda:
         return gpu_ops.linear(x, weight, bias, scratch)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def linear_parts(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x [T, K] @ weight [N, K]^T of few rows as fp32 [pieces, T, N], for a reader that adds the pieces up from zero, in order: the bits of
+    `linear` with exact. None where that saves nothing."""
+    if x.is_cuda and len(x) <= FEW_ROWS:
+        return gpu_ops.linear_parts(x, weight)
+    return None
 
 
 def rms_norm(

@@ -74,8 +74,18 @@ def pairs(d, ROPE: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def _folded(at, mask, piece_stride, PIECES: tl.constexpr):
+    """The sum of what lies `piece_stride` apart, from zero in ascending order: what invariant.py's `linear` makes of its pieces."""
+    total = tl.load(at, mask=mask, other=0.0).to(tl.float32) + 0.0
+    for p in tl.static_range(1, PIECES):
+        total += tl.load(at + p * piece_stride, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _index_rows(
-    proj, gamma, beta, cos, sin, slots, q_out, w_out, k_out, cache, eps, w_scale, row_stride, angle_stride,
+    proj, gamma, beta, cos, sin, slots, q_out, w_out, k_out, cache, eps, w_scale, piece_stride, row_stride, angle_stride,
+    PIECES: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr,
     KEY: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -87,11 +97,13 @@ def _index_rows(
     s = tl.load(sin + t * angle_stride + angle, mask=turns, other=0.0).to(tl.float32) * sign
     kind = cache.dtype.element_ty
 
-    key = tl.load(row + KEY + d).to(tl.float32)
+    key = _folded(row + KEY + d, d < D, piece_stride, PIECES)
     mean = tl.sum(key, 0) / D
     inverse = 1.0 / tl.sqrt_rn(tl.sum((key - mean) * (key - mean), 0) / D + eps)
     one = (key - mean) * inverse * tl.load(gamma + d) + tl.load(beta + d)
-    two = (tl.load(row + KEY + mate).to(tl.float32) - mean) * inverse * tl.load(gamma + mate) + tl.load(beta + mate)
+    two = (_folded(row + KEY + mate, d < D, piece_stride, PIECES) - mean) * inverse * tl.load(gamma + mate) + tl.load(
+        beta + mate
+    )
     turned = tl.where(turns, one * c + two * s, one).to(kind)
     tl.store(cache + tl.load(slots + t) * D + d, turned)
     if KEEP:
@@ -99,11 +111,11 @@ def _index_rows(
     if HEADS:
         head = tl.arange(0, BLOCK_H)
         mask = (head < H)[:, None] & (d >= 0)[None, :]
-        one2 = tl.load(row + head[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        two2 = tl.load(row + head[:, None] * D + mate[None, :], mask=mask, other=0.0).to(tl.float32)
+        one2 = _folded(row + head[:, None] * D + d[None, :], mask, piece_stride, PIECES)
+        two2 = _folded(row + head[:, None] * D + mate[None, :], mask, piece_stride, PIECES)
         both = tl.where(turns[None, :], one2 * c[None, :] + two2 * s[None, :], one2)
         tl.store(q_out + (t * H + head)[:, None] * D + d[None, :], both.to(q_out.dtype.element_ty), mask=mask)
-        weight = tl.load(row + KEY + D + head, mask=head < H, other=0.0).to(tl.float32)
+        weight = _folded(row + KEY + D + head, head < H, piece_stride, PIECES)
         tl.store(w_out + t * H + head, weight * w_scale, mask=head < H)
 
 
@@ -148,18 +160,18 @@ def index_rows(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The indexer's products -> q [T, H_I, D_I] in the cache's dtype, k likewise [T, D_I] (keep), w fp32 [T, H_I], scaled; k to its page.
 
-    proj fp32 [T, D_I], the keys, or with `queries` [T, H_I D_I + D_I + H_I]: queries, keys, weights. shape: (H_I, D_I, rope_dim);
-    norm: LayerNorm weight, bias, eps; cos, sin [T, D] of the model; cache [pages, page, D_I].
+    proj fp32 [T, D_I], the keys, or with `queries` [T, H_I D_I + D_I + H_I]: queries, keys, weights; or pieces of it [P, T, ...], to be added
+    up. shape: (H_I, D_I, rope_dim); norm: LayerNorm weight, bias, eps; cos, sin [T, D] of the model; cache [pages, page, D_I].
     """
     heads, dim, rope = shape
-    tokens = len(proj)
+    pieces, tokens = len(proj) if proj.ndim == 3 else 1, proj.shape[-2]
     q = torch.empty(tokens, heads, dim, dtype=cache.dtype, device=proj.device) if queries else None
     w = torch.empty(tokens, heads, dtype=torch.float32, device=proj.device) if queries else None
     k = torch.empty(tokens, dim, dtype=cache.dtype, device=proj.device) if keep else None
     if tokens:
         _index_rows[(tokens,)](
             proj, norm[0], norm[1], cos, sin, slots, q, w, k, cache, norm[2], (heads * dim) ** -0.5,
-            proj.stride(0), cos.stride(0),
+            proj.stride(0), proj.stride(-2), cos.stride(0), PIECES=pieces,
             H=heads, D=dim, ROPE=rope, STEP=cos.shape[-1] // rope if rope else 1, PAIRS=layout == "interleaved",
             BLOCK_H=triton.next_power_of_2(heads), KEY=heads * dim if queries else 0, HEADS=queries, KEEP=keep, num_warps=2,
         )  # fmt: skip

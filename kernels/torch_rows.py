@@ -48,6 +48,7 @@ def index_rows(
     slots: Tensor, cache: Tensor, queries: bool, keep: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     heads, dim, rope = shape
+    proj = proj if proj.ndim == 2 else proj.sum(0)
     step = cos.shape[-1] // rope if rope else 1
     last = cos.shape[-1] // 2 if rope else 0
     c, s = cos[:, :last:step].float(), sin[:, :last:step].float()

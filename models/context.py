@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import ops
+from winnow.kernels.branch import Branch
 from winnow.kernels.omission import Omission
 from winnow.kernels.packing import known
 from winnow.kernels.selection import Selection
@@ -112,8 +113,8 @@ class ForwardContext:
     max_seq_len (a bound is enough) and fresh (no earlier context) are read off the tensors where they are not given, which waits for a
     GPU. A CUDA graph must not wait, and a training step should not wait in every layer: with faults int32 [1] on the device a bad score
     sets it to 1 instead of raising, and scratch, filled by the operations, serves all layers of a decode. fused:
-    `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a second CUDA stream, on which it chooses sets
-    while the layer's queries, keys and values are made.
+    `models/inference.py` computes the rows; exact: with bits that depend on no batch; side: a second stream, on which a decode step
+    chooses its sets, once they are scored, while the layer's queries, keys and values are made.
     """
 
     mode: str
@@ -136,7 +137,7 @@ class ForwardContext:
     faults: Tensor | None = None
     fused: bool = False
     exact: bool = False
-    side: Any = None
+    side: Branch | None = None
     scratch: dict[Any, Any] = field(init=False, default_factory=dict)
     served: dict[int, Served] = field(
         init=False, default_factory=dict

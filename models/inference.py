@@ -7,8 +7,7 @@ one product where `joined.join` has been.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,34 +71,18 @@ def _attention(module: Any, hidden: Tensor, wide: Tensor, cos: Tensor, sin: Tens
     if hasattr(module, "q_norm"):
         norms, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.variance_epsilon
     layer = Layer(module, ctx, (hidden, cos, sin))
-    with _beside(layer):
-        _index(layer, hidden.dtype, wide, cos, sin)
-        selection = layer.select()
+    _index(layer, hidden.dtype, wide, cos, sin)
+    selection = layer.select()  # under way beside what follows, where there is a second stream
     qkv = _together(hidden, joined.heads(module), ctx)
     pages = (ctx.cache.k[layer.index], ctx.cache.v[layer.index])
     keep = ctx.mode == "prefill" and bool(ctx.fresh)
     q, k = ops.rows_of(qkv).split_heads(qkv, heads, norms, eps, cos, sin, ctx.slot_mapping, *pages, keep=keep)
     v = qkv[:, (heads[0] + heads[1]) * dim :].unflatten(1, (heads[1], dim))
-    if ctx.side is not None and layer.leads:
-        torch.cuda.current_stream().wait_stream(ctx.side)
+    if ctx.side is not None:
+        ctx.side.join()
     out = attend_cached(layer, selection, q, k, v, module.scaling)
     layer.finish()
     return _linear(out.reshape(len(hidden), -1), module.o_proj.weight, module.o_proj.bias, ctx)
-
-
-@contextmanager
-def _beside(layer: Layer) -> Iterator[None]:
-    """On the second stream, where there is one and the layer has an indexer; the caller waits for it before the sets are read.
-
-    Memory needs no more care than that: what one stream frees, the other has read before the next fork or wait.
-    """
-    side = layer.ctx.side
-    if side is None or not layer.leads:
-        yield
-        return
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
 
 
 def _index(layer: Layer, dtype: torch.dtype, wide: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -112,7 +95,7 @@ def _index(layer: Layer, dtype: torch.dtype, wide: Tensor, cos: Tensor, sin: Ten
     indexer, choosing = layer.served.indexer, layer.sparse
     shape = indexer.config
     with tensor_cores(dtype):
-        proj = _together(wide, joined.of_indexer(indexer) if choosing else [indexer.wk], ctx)
+        proj = _products(wide, joined.of_indexer(indexer) if choosing else [indexer.wk], ctx)
     norm = (indexer.k_norm.weight, indexer.k_norm.bias, indexer.k_norm.eps)
     q, k, w = ops.rows_of(proj).index_rows(
         proj, (shape.num_heads, shape.head_dim, shape.rope_dim), norm, cos, sin, shape.rope_layout, ctx.slot_mapping,
@@ -125,6 +108,13 @@ def _index(layer: Layer, dtype: torch.dtype, wide: Tensor, cos: Tensor, sin: Ten
             q if k is None else k,
             w,
         )  # with an earlier context the keys are read from the cache
+
+
+def _products(x: Tensor, linears: Sequence[nn.Linear], ctx: ForwardContext) -> Tensor:
+    """`_together`, or of few tokens its pieces [P, T, N]."""
+    weight = joined.whole([linear.weight for linear in linears])
+    parts = None if weight is None else ops.linear_parts(x, weight)
+    return _together(x, linears, ctx) if parts is None else parts
 
 
 def _together(x: Tensor, linears: Sequence[nn.Linear], ctx: ForwardContext) -> Tensor:

@@ -103,7 +103,7 @@ class Layer:
             return ops.select_packed(q, k, w, ctx.cu_seqlens, ctx.positions, top_k, ctx.selector, ctx.faults)
         pages = ctx.cache.index[self.index] if ctx.scores else None
         if ctx.mode == "decode":
-            waiting = (ctx.scratch, ctx.faults)
+            waiting = (ctx.scratch, ctx.faults, ctx.side)
             return ops.select_paged(q, pages, w, ctx.block_table, ctx.seq_lens, top_k, ctx.selector, *waiting)
         return ops.select_prefill(
             q, pages, w, ctx.cu_seqlens, ctx.positions, ctx.block_table, ctx.seq_lens, top_k, ctx.selector

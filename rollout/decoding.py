@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import ops
+from winnow.kernels.branch import Branch
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rollout.cache import PagedCache
@@ -159,7 +160,7 @@ class Decoding:
         self._pinned: dict[Shape, list[Tensor]] = {}  # two, used in turn
         self._copying: Copy | None = None  # of the step that landed last
         self._side = torch.cuda.Stream() if self.device.type == "cuda" else None  # copies of sets
-        self.branch = torch.cuda.Stream() if capture else None  # of a graph: sets beside the layer's projections
+        self.branch = Branch() if capture else None  # of a graph: sets beside the layer's projections
         self.graphs = 0
         self.patience = PATIENCE if capture else 0
         self._asked: Counter[Shape] = Counter()  # steps of shapes that are not captured

@@ -5,6 +5,7 @@ what each kernel uses.
 """
 
 # ruff: noqa: C408
+import itertools
 import os
 import subprocess
 import sys
@@ -121,14 +122,15 @@ def kernels(sm):
     )
     yield "write_mla", quant._write_mla, dict(latent="*bf16", rope="*bf16", slots="*i64", cache="*u8", scales="*fp32", rope_cache="*bf16", page_stride="i32"), {
         "PAGE": 64}, 1, 2  # fmt: skip
-    yield "linear", invariant._linear, dict(
-        x="*bf16", weight="*bf16", bias="*bf16", y="*bf16", parts="*fp32", arrivals=i32, tokens="i32", N="i32", K="i32", x_stride="i32", weight_stride="i32",
-    ), {"PIECES": 4, "PIECE": 512, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 128, "BIAS": True, "UPCAST": False, "PRECISION": "ieee"}, 4, 4 if SHARED[sm] > 100 * 1024 else 3  # fmt: skip
-    for precision in ("tf32", "ieee"):  # the indexer's products
-        yield f"linear fp32 {precision}", invariant._linear, dict(
+    for fold in ("last", "here"):
+        yield f"linear {fold}", invariant._linear, dict(
+            x="*bf16", weight="*bf16", bias="*bf16", y="*bf16", parts="*fp32", arrivals=i32, tokens="i32", N="i32", K="i32", x_stride="i32", weight_stride="i32",
+        ), {"PIECES": 4, "PIECE": 512, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 128, "FOLD": fold, "BIAS": True, "UPCAST": False, "PRECISION": "ieee"}, 4, 4 if SHARED[sm] > 100 * 1024 else 3  # fmt: skip
+    for precision, fold in itertools.product(("tf32", "ieee"), ("last", "here", "later")):  # the indexer's products
+        yield f"linear fp32 {precision} {fold}", invariant._linear, dict(
             x="*fp32", weight="*fp32", bias="*fp32", y="*fp32", parts="*fp32", arrivals=i32, tokens="i32", N="i32", K="i32", x_stride="i32",
             weight_stride="i32",
-        ), {"PIECES": 4, "PIECE": 512, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 32, "BIAS": False, "UPCAST": False, "PRECISION": precision}, 4, 4 if precision == "tf32" else 3  # fmt: skip
+        ), {"PIECES": 8, "PIECE": 256, "BLOCK_N": 64, "BLOCK_T": 64, "BLOCK_K": 32, "FOLD": fold, "BIAS": False, "UPCAST": False, "PRECISION": precision}, 4, 4 if precision == "tf32" else 3  # fmt: skip
     yield (
         "rms_norm",
         invariant._rms_norm,
@@ -142,8 +144,9 @@ def kernels(sm):
         slots="*i64", eps="fp32", row_stride="i32", angle_stride="i32", token_stride="i32", head_stride="i32",
     ), {"HQ": 16, "HKV": 8, "D": 128, "BLOCK_H": 8, "BLOCK_D": 128, "NORM": True, "KEEP": True}, 2, 2  # fmt: skip
     yield "index_rows", rows._index_rows, dict.fromkeys(("cos", "sin", "q_out", "k_out", "cache"), "*bf16") | dict(
-        proj="*fp32", gamma="*fp32", beta="*fp32", slots="*i64", w_out="*fp32", eps="fp32", w_scale="fp32", row_stride="i32", angle_stride="i32",
-    ), {"H": 16, "D": 64, "ROPE": 32, "STEP": 4, "PAIRS": False, "BLOCK_H": 16, "KEY": 1024, "HEADS": True, "KEEP": True}, 2, 2  # fmt: skip
+        proj="*fp32", gamma="*fp32", beta="*fp32", slots="*i64", w_out="*fp32", eps="fp32", w_scale="fp32", piece_stride="i32", row_stride="i32",
+        angle_stride="i32",
+    ), {"PIECES": 8, "H": 16, "D": 64, "ROPE": 32, "STEP": 4, "PAIRS": False, "BLOCK_H": 16, "KEY": 1024, "HEADS": True, "KEEP": True}, 2, 2  # fmt: skip
     yield "silu_mul", rows._silu_mul, dict(x="*bf16", y="*bf16", width="i32", row_stride="i32"), {"BLOCK": 1024}, 4, 2
     drawn = dict(
         logits="*bf16",

@@ -71,6 +71,9 @@ def test_index_rows(shape, layout, queries):
         assert (one is None) == (other is None) and (one is None or torch.allclose(one, other, **CLOSE))
     assert torch.equal(got_cache.isnan(), want_cache.isnan())
     assert torch.equal(got_cache.view(-1, dim)[slots], got[1])
+    pieces = torch.stack([2 * proj, -proj, proj, -proj])  # sums without rounding
+    summed = rows.index_rows(pieces, shape, norm, cos, sin, layout, slots, got_cache, queries, keep=True)
+    assert all(one is None or torch.equal(one, other) for one, other in zip(summed, got, strict=True))
 
 
 def test_silu_mul():

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 triton = pytest.importorskip("triton")
 
-from winnow.kernels import gpu_ops, ops, torch_attention, torch_indexer  # noqa: E402
+from winnow.kernels import gpu_ops, invariant, ops, torch_attention, torch_indexer  # noqa: E402
 from winnow.kernels import reference_decode as ref  # noqa: E402
 from winnow.kernels.decode_select import select_decode, select_workspace  # noqa: E402
 from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace  # noqa: E402
@@ -362,7 +362,7 @@ def test_cut_products_of_fp32_share_their_counters(precision, request):
     x, scratch = randn(37, 1024, seed=1, dtype=torch.float32), {}
     for n in (80, 33):
         weight = randn(n, 1024, seed=n, dtype=torch.float32)
-        assert linear_plan(n, 1024, 4)[1] == 2
+        assert linear_plan(n, 1024, 4)[1] == 8
         whole = gpu_ops.linear(x, weight, None, scratch)
         [counters] = scratch.values()
         assert not counters.any() and torch.equal(whole, gpu_ops.linear(x, weight, None))
@@ -371,6 +371,23 @@ def test_cut_products_of_fp32_share_their_counters(precision, request):
         for rows in (slice(0, 1), slice(5, 22)):
             part = gpu_ops.linear(x[rows], weight, None, scratch)
             assert torch.equal(part, whole[rows]) if GPU else torch.allclose(part, whole[rows], atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_who_adds_up_the_pieces_changes_no_bits(tokens, monkeypatch):
+    x, weight = randn(tokens, 520, seed=1, dtype=torch.float32), randn(80, 520, seed=2, dtype=torch.float32)
+    weight[33] = -0.0
+    parts = invariant.linear_parts(x, weight)
+    assert parts.shape == (4, tokens, 80), "the last piece is shorter: 520 columns are four of 160"
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total += part
+    last = linear(x, weight)
+    monkeypatch.setattr(invariant, "FULL", 1)
+    here = linear(x, weight)
+    assert torch.equal(last, total) and torch.equal(here, total) and not torch.signbit(here[:, 33]).any()
+    assert (total.double() - x.double() @ weight.double().T).abs().max() < 1e-3
+    assert invariant.linear_parts(x[:0], weight).shape == (4, 0, 80)
 
 
 def test_norm_and_softmax():

@@ -2,6 +2,7 @@
 graphs, here with something that does what they do."""
 
 from contextlib import nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -72,12 +73,23 @@ def trained(states, model, lengths, seed=5, selector="indexer", kl=True):
     return {"out": out.detach().clone(), **({"kl": watch.total().detach()} if watch else {}), **grads}
 
 
-def same(ours, theirs, dtype=torch.float32):
+def same(ours, theirs):
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         size = max(1.0, float(value.float().abs().max()))
-        close = {"rtol": 1e-4, "atol": size * 2e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": size * 2e-2}
+        close = {"rtol": 1e-4, "atol": size * 2e-5}
         torch.testing.assert_close(ours[name], value, msg=lambda text, name=name: f"{name}: {text}", **close)
+
+
+def as_good(ours, theirs, exact):
+    """In 16 bits another number of rows rounds elsewhere: both lie as far from fp32."""
+    assert set(ours) == set(theirs) == set(exact)
+
+    def off(found, name):
+        return float((found[name].double() - exact[name].double()).norm() / exact[name].double().norm().clamp_min(1e-9))
+
+    for name in exact:
+        assert off(ours, name) <= 1.5 * off(theirs, name) + 2e-3, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,7 +115,12 @@ def test_pieces_are_the_layers(family, options, dtype, monkeypatch, captures):
     capacities = []
     for seed, lengths in enumerate([(12, 9), (7, 5, 1), (24,), (5,), (17, 15, 1), (6, 13)]):
         capacities.append(graphed.capacity)
-        same(trained(graphed.states, model, lengths, seed), trained(hidden_states, model, lengths, seed), dtype)
+        if dtype == torch.float32:
+            same(trained(graphed.states, model, lengths, seed), trained(hidden_states, model, lengths, seed))
+            continue
+        how = (lengths, seed, "recent", False)  # sets that do not depend on the last bits
+        exact = trained(hidden_states, deepcopy(model).float(), *how)
+        as_good(trained(graphed.states, model, *how), trained(hidden_states, model, *how), exact)
     assert capacities == [0, 24, 24, 24, 24, 40] and graphed.captures == 2
     assert (graphed._out[:, 19:] == 0).all() and (graphed._first[19:] == 0).all(), "rows behind the batch's"
     assert all((part[:, 19:] == 0).all() for part in graphed._heads_back)
