@@ -7,6 +7,7 @@ selection.py, and prefill and decode give equal bits for equal inputs, so that a
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -150,8 +151,12 @@ def select_paged(
 ) -> Selection:  # fmt: skip
     """As ops.select_paged with the indexer: q [B, H_I, D_I], one query a sequence."""
     from winnow.kernels.decode_select import select_decode, select_workspace
+    from winnow.kernels.select_short import DECODED
 
     width = block_table.shape[1] * cache.shape[1]
+    if width <= DECODED and faults is not None:
+        with nullcontext() if side is None else side.beside():
+            return _select_short(q, cache, w, block_table, None, seq_lens, top_k, faults)
     work = None
     if scratch is not None and faults is not None:
         key = ("select_paged", len(q), width, top_k)
@@ -246,7 +251,14 @@ def select_short(
 
 
 def _select_short(
-    q: Tensor, cache: Tensor, w: Tensor, tables: Tensor, owner: Tensor, ends: Tensor, top_k: int, faults: Tensor | None
+    q: Tensor,
+    cache: Tensor,
+    w: Tensor,
+    tables: Tensor,
+    owner: Tensor | None,
+    ends: Tensor,
+    top_k: int,
+    faults: Tensor | None,
 ) -> Selection:
     from winnow.kernels.select_short import select_short as kernel
 

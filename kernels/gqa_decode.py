@@ -180,8 +180,12 @@ def gqa_decode(
     row_bytes, shared = dim * join * q.element_size(), _shared(q.device)
     chosen = plan(batch, kv_heads, row_bytes, shared)
     num_stages = num_stages or (stages_of(block_n, row_bytes, shared) if split and block_n else chosen[2])
-    split, block_n = split or chosen[0], block_n or chosen[1]
+    split, room = split or chosen[0], max(16, triton.next_power_of_2(capacity))
     splits = max(1, triton.cdiv(capacity, split))
+    block_n = block_n or min(chosen[1], room)
+    split = min(
+        split, max(block_n, room)
+    )  # places are looked up for whole splits: no more of them than there are, and the same bits
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if lse is None else lse
     if batch == 0:

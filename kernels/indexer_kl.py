@@ -347,7 +347,7 @@ def _run_slice(
         )  # fmt: skip
         parts = torch.empty(s.stop - s.shift, dim, dtype=k.dtype, device=k.device)
         _key_gradient[(s.tiles,)](q, k, w, s.slope, *where, parts, begin, s.shift, BLOCK_D=block_d, **index, **common)
-        add_rows(parts, lists.keys[s.shift : s.stop], dk)
+        add_rows(parts, lists.keys[s.shift : s.stop], dk, lists.order(s.shift, s.stop, len(dk)))
     return loss.sum(dtype=torch.float64)
 
 

@@ -6,13 +6,14 @@ the bitmap behind a piece costs (its queries) x L / 8 bytes, its lists 4 bytes a
 
 How long the lists are is known on the device. Where even the longest possible ones are small (`ROOMY`), each gets the room of the longest
 and nobody waits: with a few thousand tokens a step is launches, and every wait for the device leaves it without work afterwards. Longer
-lists are laid end to end, which waits once a piece.
+lists are laid end to end, which waits once a piece. Contexts of at most `WHOLE` tokens are listed whole: their lists are those of every
+layer, a set is only bits of them, and what sorts their keys is done once a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,10 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.kernels.packing import on_host
+from winnow.kernels.segments import key_order
 from winnow.kernels.selection import Selection
 
 UNIT = 64  # lists are padded to multiples of this, unless asked otherwise
 BITMAP_BYTES = 1 << 27  # of one piece
+WHOLE = 512  # tokens of a context whose keys are all listed: the tiles that this adds cost less than the launches that it saves
 ROOMY = 3 << 20  # entries that a piece may have room for beyond what its lists need
 
 
@@ -62,7 +65,7 @@ class Lists:
     room begins; stops int32 [end - begin]: where its list ends, a multiple of the unit after its beginning; bits int32 [entries / 32,
     size]: bit j of word [e, i] says whether query i of the block selected entry 32 e + j, and means nothing at a stop or past it. bits is
     None where every query takes every listed key up to itself. ends: offsets on the host. shared: what is made of the layout for every layer
-    that asks; None where the lists lie end to end, each piece its own way.
+    that asks; None where the lists lie end to end, each piece its own way. fixed: keys too depend on nothing but the blocks.
     """
 
     blocks: Blocks
@@ -73,11 +76,12 @@ class Lists:
     stops: Tensor
     bits: Tensor | None
     ends: list[int]
-    shared: dict[tuple[int, ...], Tensor] | None
+    shared: dict[tuple[int, ...], Any] | None
+    fixed: bool = False
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + (0 if self.bits is None else self.bits.nbytes)
+        return (0 if self.fixed else self.keys.nbytes) + (0 if self.bits is None else self.bits.nbytes)
 
     def owners(self, a: int, b: int, size: int) -> Tensor:
         """Which of blocks [a, b), counted from `begin` and from a, each tile of `size` entries belongs to: int32 [tiles]."""
@@ -92,6 +96,16 @@ class Lists:
         if self.shared is not None:
             self.shared[key] = found
         return found
+
+    def order(self, begin: int, end: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Of entries [begin, end), the `segments.key_order` among `rows` keys."""
+        if not self.fixed or self.shared is None:
+            return key_order(self.keys[begin:end], rows)
+        key = (begin, end, rows, 0)
+        if key not in self.shared:
+            with torch.inference_mode(False):
+                self.shared[key] = key_order(self.keys[begin:end], rows)
+        return self.shared[key]
 
     def slices(self, entries: int) -> Iterator[tuple[int, int]]:
         """Runs of blocks [a, b), counted from `begin`, of at most `entries` entries (or one block)."""
@@ -163,16 +177,39 @@ def _mark(
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["stops"])
+def _choose(
+    indices, first, rows, row_origin, offsets, stops, bits, begin, index_stride,
+    K: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The bits of one query of a block whose list holds every position from its sequence's first on."""
+    block, query = tl.program_id(0) // SIZE, tl.program_id(0) % SIZE
+    row = (tl.load(first + begin + block) + query).to(tl.int64)
+    limit = tl.where(query < tl.load(rows + begin + block), K, 0)  # nobody's bits are none
+    own = row - tl.load(row_origin + row, mask=limit > 0, other=0)
+    start, stop = tl.load(offsets + block), tl.load(stops + block)
+    offs_k, offs_w = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
+    for w in range(0, (stop - start) // 32, BLOCK_W):
+        word = tl.zeros([BLOCK_W], tl.int32)
+        for slot in range(0, K, BLOCK_K):
+            pos = tl.load(indices + row * index_stride + slot + offs_k, mask=slot + offs_k < limit, other=-1)
+            inside = (pos >= 0) & (pos <= own)
+            here = inside[:, None] & ((pos >> 5)[:, None] == (w + offs_w)[None, :])
+            word |= tl.reduce(tl.where(here, 1 << (pos & 31)[:, None], 0), 0, _either)
+        at = bits + (start // 32 + w + offs_w) * SIZE + query
+        tl.store(at, word, mask=w + offs_w < (stop - start) // 32)
+
+
+@triton.jit
 def _count_bits(x):
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
     return ((x * 0x01010101) >> 24) & 0xFF
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
 
 
 @triton.jit(do_not_specialize=["begin", "first_row"])
@@ -235,6 +272,9 @@ def key_lists(
     Waits for the device once a piece, to learn how long the lists are, where they may be longer than `ROOMY` entries.
     """
     end = len(blocks) if end is None else end
+    if selection is not None and blocks.longest <= WHOLE and sum(_seen(blocks, begin, end)) <= ROOMY:
+        yield _whole_piece(blocks, selection, begin, end, unit)
+        return
     words = (blocks.longest + 31) // 32
     step = max(1, bitmap_bytes // max(1, words * 4 * blocks.size))
     for a in range(begin, end, step):
@@ -288,6 +328,18 @@ def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
 
     entries = sum(-(-count // unit) * unit for count in _seen(blocks, a, b))
     return _kept(blocks, (a, b, unit), make) if entries <= ROOMY else make()
+
+
+def _whole_piece(blocks: Blocks, selection: Selection, a: int, b: int, unit: int) -> Lists:
+    every = _dense_piece(blocks, a, b, unit)
+    indices, words = selection.indices, -(-blocks.longest // unit) * unit // 32
+    bits = torch.empty(len(every.keys) // 32, blocks.size, dtype=torch.int32, device=indices.device)
+    k = indices.shape[1]
+    _choose[((b - a) * blocks.size,)](
+        indices, blocks.first, blocks.rows, blocks.row_origin, every.offsets, every.stops, bits, a, indices.stride(0),
+        K=k, SIZE=blocks.size, BLOCK_K=min(64, triton.next_power_of_2(k)), BLOCK_W=triton.next_power_of_2(min(16, words)), num_warps=1,
+    )  # fmt: skip
+    return replace(every, bits=bits, fixed=True)
 
 
 def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: int, unit: int) -> Lists:

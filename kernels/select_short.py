@@ -13,6 +13,7 @@ from winnow.kernels.indexer_logits import _load_keys, _load_page, _load_query
 from winnow.kernels.topk import _keys
 
 LONGEST = 1024  # tokens of a context
+DECODED = 512  # in decode, where many programs share a row, they catch up beyond this
 BLOCK_N = 64  # keys of one step
 
 
@@ -20,7 +21,7 @@ BLOCK_N = 64  # keys of one step
 def _select_short(
     q, cache, w, table, owner, ends, scores, bad, out, counts, k, table_stride, page_stride,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_H: tl.constexpr, OWNED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(ends + row)
@@ -32,7 +33,8 @@ def _select_short(
         tl.store(counts + row, length)
         return
     query, weight = _load_query(q + row * H * D, w + row * H, H, D, BLOCK_H, False, False, UPCAST)
-    table_row = table + tl.load(owner + row).to(tl.int64) * table_stride
+    sequence = tl.load(owner + row).to(tl.int64) if OWNED else row
+    table_row = table + sequence * table_stride
     mine = scores + row * WIDTH
     for start in range(0, length, BLOCK_N):
         pos = start + tl.arange(0, BLOCK_N)
@@ -61,7 +63,7 @@ def select_short(q, cache, w, table, owner, ends, top_k, bad):
     """The top_k best positions of each query: int32 [T, top_k] ascending with a -1 tail, and counts int32 [T].
 
     q [T, H, D] and cache [pages, page, D] of one float dtype; w fp32 [T, H]; table int32 [n, pages]; owner int32 [T]: each query's row of
-    the table; ends int32 [T]: it sees positions below this, at most LONGEST. bad int32 [1] becomes 1 when a score is NaN.
+    the table, None where they have one each, in order; ends int32 [T]: it sees positions below this, at most LONGEST. bad int32 [1] becomes 1 when a score is NaN.
     """
     tokens, heads, dim = q.shape
     page, cpu = cache.shape[1], q.device.type == "cpu"
@@ -73,6 +75,6 @@ def select_short(q, cache, w, table, owner, ends, top_k, bad):
         _select_short[(tokens,)](
             q.contiguous(), cache, w.contiguous(), table, owner, ends, scores, bad, out, counts, top_k, table.stride(0), cache.stride(0),
             H=heads, D=dim, PAGE=page, WIDTH=width, K_BLOCK=min(2048, triton.next_power_of_2(top_k)), BLOCK_N=BLOCK_N,
-            BLOCK_H=max(16, triton.next_power_of_2(heads)), UPCAST=cpu, num_warps=4, num_stages=1, enable_fp_fusion=True,
+            BLOCK_H=max(16, triton.next_power_of_2(heads)), OWNED=owner is not None, UPCAST=cpu, num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out, counts

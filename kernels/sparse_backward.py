@@ -102,7 +102,7 @@ def _backward_slice(
         num_warps=shape[1], num_stages=shape[2], enable_fp_fusion=True,
     )  # fmt: skip
     if not atomic:
-        add_rows(parts, lists.keys[shift:stop], grads[1].view(len(k), -1))
+        add_rows(parts, lists.keys[shift:stop], grads[1].view(len(k), -1), lists.order(shift, stop, len(k)))
 
 
 def sparse_backward(
@@ -144,7 +144,7 @@ class _SparseAttention(torch.autograd.Function):
         parts = [x for lists in whole for x in (lists.keys, lists.offsets, lists.stops, lists.bits)]
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, *sets, *parts)
         ctx.scale, ctx.num_sets = scale, len(sets)
-        ctx.pieces = [(lists.blocks, lists.begin, lists.end, lists.ends, lists.shared) for lists in whole]
+        ctx.pieces = [(lists.blocks, lists.begin, lists.end, lists.ends, lists.shared, lists.fixed) for lists in whole]
         ctx.bounds = on_host(cu_seqlens)  # a checkpointed layer gives back another tensor, of unknown values
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -158,8 +158,10 @@ class _SparseAttention(torch.autograd.Function):
         selection = Selection(rest[0], rest[1]) if ctx.num_sets else None
         fours = zip(*(iter(rest[ctx.num_sets :]),) * 4, strict=True)
         kept = [
-            Lists(blocks, begin, end, keys, offsets, stops, bits, ends, shared)
-            for (blocks, begin, end, ends, shared), (keys, offsets, stops, bits) in zip(ctx.pieces, fours, strict=True)
+            Lists(blocks, begin, end, keys, offsets, stops, bits, ends, shared, fixed)
+            for (blocks, begin, end, ends, shared, fixed), (keys, offsets, stops, bits) in zip(
+                ctx.pieces, fours, strict=True
+            )
         ]
         bounds = known(cu_seqlens, ctx.bounds)
         grads = sparse_backward(grad, q, k, v, out, lse, bounds, selection, ctx.scale, kept=kept or None)

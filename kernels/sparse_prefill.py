@@ -168,7 +168,7 @@ def sparse_prefill(
     """q [T, H, D], k and v [T, Hkv, D] packed -> out [T, H, D] in q's dtype, lse fp32 [T, H] (natural; -inf and out 0 on an empty set).
 
     kept: filled with the lists for the backward while they are small beside q, or no larger where they were not waited for. Positions outside [0, t] of a set and
-    repeated ones change nothing. Bits depend on a block's queries, not on other sequences.
+    repeated ones change nothing. Bits depend on a block's queries, and on whether a sequence is longer than `key_lists.WHOLE`.
     """
     check_shapes(q, k, v)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

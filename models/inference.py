@@ -8,6 +8,7 @@ one product where `joined.join` has been.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from winnow.models.context import ForwardContext
 from winnow.models.indexer import tensor_cores
 from winnow.models.layer import Layer
 
+SHORT = 512  # tokens of a context whose keys are next to nothing to read
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 STEADY_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 
@@ -71,8 +73,9 @@ def _attention(module: Any, hidden: Tensor, wide: Tensor, cos: Tensor, sin: Tens
     if hasattr(module, "q_norm"):
         norms, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.variance_epsilon
     layer = Layer(module, ctx, (hidden, cos, sin))
-    _index(layer, hidden.dtype, wide, cos, sin)
-    selection = layer.select()  # under way beside what follows, where there is a second stream
+    with _beside(layer):
+        _index(layer, hidden.dtype, wide, cos, sin)
+        selection = layer.select()
     qkv = _together(hidden, joined.heads(module), ctx)
     pages = (ctx.cache.k[layer.index], ctx.cache.v[layer.index])
     keep = ctx.mode == "prefill" and bool(ctx.fresh)
@@ -83,6 +86,15 @@ def _attention(module: Any, hidden: Tensor, wide: Tensor, cos: Tensor, sin: Tens
     out = attend_cached(layer, selection, q, k, v, module.scaling)
     layer.finish()
     return _linear(out.reshape(len(hidden), -1), module.o_proj.weight, module.o_proj.bias, ctx)
+
+
+def _beside(layer: Layer) -> AbstractContextManager[None]:
+    """Where there is a second stream, an indexer works on it beside the layer's projections. Not where it reads a long context's keys: that
+    takes all that the memory gives, and `select` takes to the second stream when it has been."""
+    ctx = layer.ctx
+    if ctx.side is None or not layer.leads or (layer.sparse and ctx.max_seq_len > SHORT):
+        return nullcontext()
+    return ctx.side.beside()
 
 
 def _index(layer: Layer, dtype: torch.dtype, wide: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -166,7 +166,7 @@ def kernels(sm):
         yield f"select short {dtype} {width}", select_short._select_short, dict(
             q=dtype, cache=dtype, w="*fp32", table=i32, owner=i32, ends=i32, scores="*fp32", bad=i32, out=i32, counts=i32, k="i32",
             table_stride="i32", page_stride="i32",
-        ), {"H": heads, "D": dim, "PAGE": width, "WIDTH": width, "K_BLOCK": 64, "BLOCK_N": 64, "BLOCK_H": 16, "UPCAST": False}, 4, 1  # fmt: skip
+        ), {"H": heads, "D": dim, "PAGE": width, "WIDTH": width, "K_BLOCK": 64, "BLOCK_N": 64, "BLOCK_H": 16, "OWNED": width > 128, "UPCAST": False}, 4, 1  # fmt: skip
 
 
 def compile_kernel(kernel, types, constants, warps, stages, sm):

@@ -15,7 +15,7 @@ from winnow.kernels import gpu_ops, gpu_train  # noqa: E402
 from winnow.kernels import reference as ref  # noqa: E402
 from winnow.kernels.gqa_decode import gqa_decode  # noqa: E402
 from winnow.kernels.indexer_kl import indexer_kl, kl_and_gradients  # noqa: E402
-from winnow.kernels.key_lists import all_kept, keep_small, key_lists, query_blocks  # noqa: E402
+from winnow.kernels.key_lists import WHOLE, all_kept, keep_small, key_lists, query_blocks  # noqa: E402
 from winnow.kernels.logprobs import token_logprobs  # noqa: E402
 from winnow.kernels.mla_backward import mla_attention, mla_backward  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
@@ -92,6 +92,18 @@ def check_lse(got, want):
     assert ((got - want)[finite].abs() <= 1e-4 + 2 / 65536 * want[finite].abs()).all()
 
 
+@pytest.fixture
+def unions(monkeypatch):
+    """Lists of what is selected for contexts of every length, also those short enough to be listed whole."""
+    monkeypatch.setattr("winnow.kernels.key_lists.WHOLE", 0)
+
+
+@pytest.fixture(params=[0, 512], ids=["unions", "whole"])
+def both(request, monkeypatch):
+    monkeypatch.setattr("winnow.kernels.key_lists.WHOLE", request.param)
+
+
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "dim", "k"),
     [
@@ -135,6 +147,7 @@ def test_no_tokens_and_empty_sequences():
     assert all(torch.equal(a, b) for a, b in zip(padded, plain, strict=True))
 
 
+@pytest.mark.usefixtures("both")
 def test_hostile_indices_change_nothing():
     """Future positions, repeats and sentinels; the same rows without them."""
     length, k = 24, 4
@@ -151,6 +164,7 @@ def test_hostile_indices_change_nothing():
     assert torch.equal(*results)
 
 
+@pytest.mark.usefixtures("both")
 def test_packed_is_unpacked():
     sets, cu = random_sets(LENGTHS, 8), bounds(LENGTHS)
     q, k, v = (randn(sum(LENGTHS), heads, 16, seed=heads).to(DEV, DTYPE) for heads in (2, 1, 1))
@@ -167,6 +181,7 @@ def test_packed_is_unpacked():
         assert all(torch.equal(x[a:b], y) for x, y in zip(together, own, strict=True))
 
 
+@pytest.mark.usefixtures("unions")
 def test_pieces_and_slices_change_nothing_but_memory():
     """Lists made in many small pieces hold the same entries; gradients added slice by slice agree to rounding."""
     length = 300 if GPU else 40  # several blocks of queries, which are larger on a GPU
@@ -209,6 +224,7 @@ def listed(lists) -> list[list[int]]:
     return found
 
 
+@pytest.mark.usefixtures("unions")
 def test_lists_with_room_are_lists_end_to_end(monkeypatch):
     """What is not waited for has the room of the longest lists; both ways hold the same keys and give the same bits everywhere."""
     lengths = (150, 3, 90)
@@ -248,6 +264,7 @@ def test_lists_with_room_are_lists_end_to_end(monkeypatch):
     assert total == pytest.approx(other, rel=1e-12)  # tiles are added in another grouping
 
 
+@pytest.mark.usefixtures("unions")
 def test_room_is_enough_for_sets_that_share_nothing_and_for_none_at_all():
     """Lists as long as can be (eight queries with eight keys each of their own: exactly one unit), sequences of k - 1, k, k + 1 and no
     tokens, and a block whose sets are all empty."""
@@ -367,6 +384,39 @@ def test_a_training_layer_asks_the_device_nothing(longest, monkeypatch):
     assert questions and set(questions) == {"tolist in on_host"}
 
 
+@pytest.mark.parametrize("k", [3, 70])
+def test_short_contexts_are_listed_whole(k, monkeypatch):
+    """Every position up to a block's last query, and each query's bits: those of its set, whatever else its row holds. Sequences of no tokens,
+    one, a unit of the lists and one more, the longest ones; the queries of a block that there are not have no bits."""
+    limit = WHOLE if GPU else 90  # the interpreter is slow
+    monkeypatch.setattr("winnow.kernels.key_lists.WHOLE", limit)
+    lengths = (0, 1, 64, 65, limit)
+    sets, size = random_sets(lengths, k, 4), 8
+    sets.indices[5::9, 0] = 2**30  # past the end
+    sets.indices[4::9, -1] = sets.indices[4::9, 0]  # twice
+    blocks = query_blocks(device(bounds(lengths)), size)
+    [lists] = key_lists(blocks, device(sets))
+    [dense] = key_lists(blocks, None)
+    assert lists.keys is dense.keys and lists.fixed and not dense.fixed and dense.bits is None
+    bits = lists.bits.cpu()
+    for block, (start, stop) in enumerate(zip(lists.ends, lists.stops.tolist(), strict=False)):
+        first, rows, origin, _ = (x[block] for x in blocks.host)
+        keys = [x for x in lists.keys[start:stop].tolist() if x >= 0]
+        assert keys == list(range(origin, first + rows))
+        words = bits[start // 32 : stop // 32]
+        for i in range(size):
+            found = {32 * w + b for w, word in enumerate(words[:, i].tolist()) for b in range(32) if word >> b & 1}
+            own = first + i - origin
+            wanted = {x for x in sets.indices[first + i].tolist() if 0 <= x <= own} if i < rows else set()
+            assert found == wanted, (block, i)
+    other = next(iter(key_lists(blocks, device(random_sets(lengths, k, 7)))))
+    rows = len(sets.indices)
+    assert other.order(0, other.ends[-1], rows) is lists.order(0, lists.ends[-1], rows), "sorted once a batch"
+    longer = query_blocks(device(bounds((limit + 1,))), size)
+    assert not next(iter(key_lists(longer, device(random_sets((limit + 1,), k))))).fixed
+
+
+@pytest.mark.usefixtures("unions")
 def test_the_layout_of_blocks_is_made_once():
     cu, sets = device(bounds((90,))), device(random_sets((90,), 6))
     blocks = query_blocks(cu, 8)
@@ -377,6 +427,7 @@ def test_the_layout_of_blocks_is_made_once():
     ) + [2] * (a.ends[4] // 64 - a.ends[3] // 64)
     other = next(iter(key_lists(blocks, device(random_sets((90,), 9)))))
     assert other.ends != a.ends and other.offsets is not a.offsets  # another k, another room
+    assert a.order(0, a.ends[-1], 90) is not a.order(0, a.ends[-1], 90), "keys are a layer's own"
     dense = [next(iter(key_lists(blocks, None))) for _ in range(2)]
     assert dense[0] is dense[1]
 
@@ -391,8 +442,9 @@ def test_add_rows_is_a_sum_by_key():
 
 
 @pytest.mark.parametrize("target", ["attention", "output"])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_indexer_kl(sparse, target):
+@pytest.mark.parametrize(("sparse", "whole"), [(False, 0), (True, 0), (True, 512)])
+def test_indexer_kl(sparse, whole, target, monkeypatch):
+    monkeypatch.setattr("winnow.kernels.key_lists.WHOLE", whole)
     cu, tokens = bounds(LENGTHS), sum(LENGTHS)
     sets = random_sets(LENGTHS, 8) if sparse else None
     attn_q, attn_k = randn(tokens, 4, 16, seed=4), randn(tokens, 2, 16, seed=5)

@@ -24,6 +24,10 @@ def list_kernels(sm):
     yield "mark", key_lists._mark, dict(
         indices=I32, row_origin=I32, bitmap=I32, first_row="i32", index_stride="i32", words="i32"
     ), {"K": 2048, "BLOCK": 1024}, 4, 2  # fmt: skip
+    for k, words in ((32, 4), (2048, 16)):
+        yield f"choose {k}", key_lists._choose, dict(
+            indices=I32, first=I32, rows=I32, row_origin=I32, offsets=I32, stops=I32, bits=I32, begin="i32", index_stride="i32"
+        ), {"K": k, "SIZE": 32, "BLOCK_K": min(64, k), "BLOCK_W": words}, 1, 2  # fmt: skip
     yield "union", key_lists._union, dict(
         bitmap=I32, first=I32, rows=I32, union=I32, counts=I32, begin="i32", first_row="i32", words="i32"
     ), {"SIZE": 32, "BLOCK_W": 128}, 4, 2  # fmt: skip

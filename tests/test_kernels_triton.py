@@ -461,12 +461,23 @@ def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page, sho
     """Decode, chunked prefill and packed sequences through gpu_ops: the sets of torch_indexer, and of one another."""
     if not short:
         monkeypatch.setattr("winnow.kernels.select_short.LONGEST", 0)
+        monkeypatch.setattr("winnow.kernels.select_short.DECODED", 0)
     lengths, queries, k = [70, 9, 33], [4, 9, 1], 16
     q, cache, w, table, _ = index_case(heads, dim, page, lengths, False)
     lens = ints(lengths)
     got = gpu_ops.select_paged(q, cache, w, table, lens, k)
     want = torch_indexer.decode_selection(q, cache, w, table.clamp_min(0), lens, k, "indexer")
     assert torch.equal(got.indices, want.indices) and torch.equal(got.counts, want.counts)
+    faults, scratch = ints([0]), {}  # as in a graph
+    for spoilt in (
+        w,
+        torch.where(ints([[0], [1], [0]]) == 0, w, float("nan")),
+        torch.where(ints([[0], [0], [1]]) == 0, w, float("nan")),
+    ):
+        noted = gpu_ops.select_paged(q, cache, spoilt, table, lens, k, scratch, faults)
+        assert bool(faults) == bool(spoilt[2].isnan().any()), "row 1 is no longer than k, and nothing of it is scored"
+        if not faults:
+            assert torch.equal(noted.indices, want.indices) and torch.equal(noted.counts, want.counts)
     bounds = ints([0, 4, 13, 14])
     many_q, many_w = randn(14, heads, dim, seed=11), randn(14, heads, seed=12, dtype=torch.float32)
     many_q[-1], many_w[-1] = q[2], w[2]  # the last query of sequence 2 is its decode query
