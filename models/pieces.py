@@ -6,9 +6,10 @@
 A layer is some seventy launches forward and back; at a few microseconds of the device each the host cannot follow, and a model of 135M waits for
 it three quarters of a step. Of these a piece is two. Attention stays as it is: what it launches depends on the sequences.
 
-Graphs have one number of rows, `capacity`; tokens fill the first of them. What the others hold goes nowhere: their gradients are zero, and no
+An indexer that does not learn is part of its layer's piece. Graphs have one number of rows, `capacity`; tokens fill the first of them. What the others hold goes nowhere: their gradients are zero, and no
 piece looks from one row to another. Numbers lie where they are until the next step, so nothing else may run forward between a forward pass
-and its backward; passes without gradients take the other way (`hidden_states`). With a larger batch everything is captured anew.
+and its backward; passes without gradients take the other way (`hidden_states`). With a larger batch everything is captured anew; much
+smaller ones have pieces of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from winnow.models.inference import takes
 
 STEP = 1024  # rows by which a capacity grows
 ROOM = 1.125  # a capacity over the tokens that it is made for
-LEAST = 8  # a batch of less than an eighth of the capacity goes the other way
+LEAST = 8  # a batch of less than an eighth of the capacity takes smaller pieces
 
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -118,12 +119,15 @@ def _move(static: Tensor, x: Tensor) -> None:
 
 
 class Pieces:
-    """The pieces of a model of `inference.FAMILIES` on one device. capture False: without graphs, which is how a CPU tests it."""
+    """The pieces of a model of `inference.FAMILIES` on one device. capture False: without graphs, which is how a CPU tests it; least: rows that
+    they have at any rate."""
 
-    def __init__(self, model: Any, capture: bool) -> None:
+    def __init__(self, model: Any, capture: bool, least: int = 0) -> None:
         assert takes(model), f"no pieces are known of a {model.config.model_type} model"
-        self.decoder, self.model, self.capture = model.get_decoder(), model, capture
+        self.decoder, self.model, self.capture, self.least = model.get_decoder(), model, capture, least
         self.capacity = self.captures = 0
+        self.smaller: Pieces | None = None
+        self._indexing = False  # whether they hold the indexers
         self._tokens = 0  # rows that hold something
         self._pieces: list[Piece] = []
 
@@ -131,30 +135,42 @@ class Pieces:
         """`hidden_states`, through the pieces where they can: with gradients, of this model, with enough tokens."""
         layers, tokens = self.decoder.layers, len(input_ids)
         rows = ops.train_rows_of(self.decoder.embed_tokens.weight)
-        fits = 0 < tokens == len(ctx.positions) and tokens * LEAST >= self.capacity
+        fits = 0 < tokens == len(ctx.positions)
         if model is not self.model or rows is None or not torch.is_grad_enabled() or ctx.coupled or not fits:
             return hidden_states(model, input_ids, ctx)
+        if tokens * LEAST < self.capacity and self.capacity > STEP:
+            least = -(-self.capacity // (LEAST * STEP)) * STEP
+            self.smaller = self.smaller or Pieces(model, self.capture, least)
+            return self.smaller.states(model, input_ids, ctx)
         x = torch.nn.functional.embedding(input_ids, self.decoder.embed_tokens.weight)
         cos, sin = (angle[0] for angle in self.decoder.rotary_emb(x[None], ctx.positions[None]))  # [T, D]
         if not all(training.knows(layer, x[None], cos, ctx) for layer in layers):
             return hidden_states(model, input_ids, ctx)
-        if tokens > self.capacity:
-            self._make(-(-int(tokens * ROOM) // STEP) * STEP, x, cos, rows)
+        indexing = ctx.scores and ctx.selection_in is None and self._frozen()
+        if tokens > self.capacity or indexing != self._indexing:
+            self._indexing = indexing
+            self._make(max(self.least, self.capacity, -(-int(tokens * ROOM) // STEP) * STEP), x, cos, rows)
         self._enter(tokens, cos, sin)
         residual = _Fill.apply(x, self._first)
-        y, q, k, v = self._run(0, residual)
+        y, q, k, v, *projected = self._run(0, residual)
         for number, layer in enumerate(layers):
             q, k, v = (
                 _Cut.apply(part, tokens, grads[number]) for part, grads in zip((q, k, v), self._heads_back, strict=True)
             )
-            out = training.attend(layer.self_attn, y[:tokens], q, k, v, cos, sin, ctx)
+            scored = tuple(part[:tokens] for part in projected)
+            out = training.attend(layer.self_attn, y[:tokens], q, k, v, cos, sin, ctx, scored)
             out = _Fill.apply(out, self._out[number])
             if number + 1 < len(layers):
-                residual, y, q, k, v = self._run(number + 1, residual, out)
+                residual, y, q, k, v, *projected = self._run(number + 1, residual, out)
             else:
                 (y,) = self._run(number + 1, residual, out)
         ctx.check_faults()
         return _Cut.apply(y, tokens, self._last_back)
+
+    def _frozen(self) -> bool:
+        """Whether no indexer learns."""
+        indexers = (getattr(layer.self_attn, "indexer", None) for layer in self.decoder.layers)
+        return not any(p.requires_grad for indexer in indexers if indexer is not None for p in indexer.parameters())
 
     def _run(self, number: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         piece = self._pieces[number]
@@ -188,14 +204,24 @@ class Pieces:
         self._heads_back = tuple(zeros(len(layers), capacity, heads, dim) for heads in (number, kv, kv))
         angles = (self._cos, self._sin)
 
+        def read(attention: Any, y: Tensor) -> tuple[Tensor, ...]:
+            """What a layer's attention takes: its input, heads, and what its indexer makes of it."""
+            indexer = getattr(attention, "indexer", None) if self._indexing else None
+            made = training.heads(attention, y, *angles, rows)
+            if indexer is None:
+                return y.detach(), *made
+            with torch.no_grad():
+                projected = indexer(y.detach(), *angles)
+            indexer.calls -= 1  # counted where it chooses: `training.attend`
+            return y.detach(), *made, *projected
+
         def begin(x: Tensor) -> tuple[Tensor, ...]:
-            y = training.normed(layers[0].input_layernorm, x, rows)
-            return y.detach(), *training.heads(layers[0].self_attn, y, *angles, rows)
+            return read(layers[0].self_attn, training.normed(layers[0].input_layernorm, x, rows))
 
         def between(index: int) -> Run:
             def run(x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
                 x, y = training.behind(layers[index - 1], x, out, layers[index].input_layernorm, rows)
-                return x, y.detach(), *training.heads(layers[index].self_attn, y, *angles, rows)
+                return x, *read(layers[index].self_attn, y)
 
             return run
 

@@ -84,11 +84,17 @@ def knows(layer: Any, x: Tensor, cos: Tensor, ctx: ForwardContext) -> bool:
 
 
 def attend(
-    module: Any, y: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext
+    module: Any, y: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext,
+    projected: tuple[Tensor, ...] = (),
 ) -> Tensor:  # fmt: skip
-    """y [T, C], what the layer's indexer reads; q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
+    """y [T, C], what the layer's indexer reads; q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]. projected: what its indexer made of y, if it
+    has."""
     own = getattr(module, "indexer", None) is not None
     layer = Layer(module, ctx, (y, cos, sin) if own else None)
+    if projected and layer.sparse:
+        assert layer.served is not None
+        layer.served.projected = (projected[0], projected[1], projected[2])
+        layer.served.indexer.calls += 1
     out: Tensor = attend_packed(layer, q, k, v, module.scaling)
     layer.finish()
     return out

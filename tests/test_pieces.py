@@ -179,15 +179,62 @@ def test_what_the_pieces_leave_to_the_layers(monkeypatch, captures):
     assert graphed.capacity == 80 and not left
     with torch.no_grad():
         graphed.states(model, ids, train_context([60], DEV))
-    graphed.states(model, ids[:9], train_context([9], DEV))
     graphed.states(other, ids, train_context([60], DEV))
     graphed.states(model, ids, train_context([60], DEV, coupled=True))
-    assert len(left) == 4
+    assert len(left) == 3
     graphed.states(model, ids[:10], train_context([10], DEV))
-    assert len(left) == 4
+    assert len(left) == 3 and graphed.smaller is None
     with pytest.raises(ValueError, match="the context holds 12 packed tokens"):
         graphed.states(model, ids[:10], train_context([12], DEV))
-    assert len(left) == 5
+    assert len(left) == 4
     monkeypatch.setattr(ops, "train_rows_of", lambda x: None)
     graphed.states(model, ids, train_context([60], DEV))
-    assert len(left) == 6
+    assert len(left) == 5
+
+
+def test_small_batches_have_pieces_of_their_own(monkeypatch, captures):
+    """Those of less than an eighth of the rows; which of them runs changes no numbers, and each is captured once."""
+    monkeypatch.setattr(pieces, "STEP", 8)
+    model = make_model("llama")
+    joined.join(model)
+    graphed = Pieces(model, capture=captures)
+    for seed, lengths in enumerate([(80, 40), (9, 4), (60, 61), (1,), (16,)]):
+        same(trained(graphed.states, model, lengths, seed), trained(hidden_states, model, lengths, seed))
+    assert graphed.capacity == 136 and graphed.captures == 1
+    assert graphed.smaller.capacity == 24 and graphed.smaller.captures == 1
+    assert graphed.smaller.smaller.capacity == 8, "one of 24 rows is less than an eighth"
+    assert graphed.smaller.smaller.smaller is None, "there are no smaller ones than one step"
+
+
+@pytest.mark.parametrize("options", [{}, {"leaders": (0,)}])
+def test_frozen_indexers_are_part_of_the_pieces(options, monkeypatch, captures):
+    """The same sets and gradients; an indexer is counted where it chooses and nowhere else, and learns in no piece."""
+    model = make_model("qwen3", **options)
+    indexers = {
+        n: layer.self_attn.indexer for n, layer in enumerate(model.model.layers) if hasattr(layer.self_attn, "indexer")
+    }
+    indexers = {n: indexer for n, indexer in indexers.items() if indexer is not None}
+    for indexer in indexers.values():
+        indexer.requires_grad_(False)
+    joined.join(model)
+    graphed = Pieces(model, capture=captures)
+    top_k = next(iter(indexers.values())).config.top_k
+    for lengths in ((12, 9), (top_k + 1, 2), (top_k, 1)):
+        sets = []
+        for states in (graphed.states, hidden_states):
+            found: dict = {}
+            ids = torch.randint(0, 61, (sum(lengths),), generator=torch.Generator().manual_seed(3)).to(DEV)
+            states(model, ids, train_context([1] * sum(lengths), DEV))  # pieces are there
+            before = [indexer.calls for indexer in indexers.values()]
+            states(model, ids, train_context(list(lengths), DEV, selection_out=found))
+            assert [indexer.calls for indexer in indexers.values()] == [n + (max(lengths) > top_k) for n in before]
+            sets.append(found)
+        assert set(sets[0]) == set(sets[1]) == set(range(len(model.model.layers)))
+        assert all(torch.equal(sets[0][n].indices, sets[1][n].indices) for n in sets[0])
+        how = (lengths, 4, "indexer", False)
+        same(trained(graphed.states, model, *how), trained(hidden_states, model, *how))
+    assert graphed._indexing and graphed.captures == 1
+    for indexer in indexers.values():
+        indexer.requires_grad_(True)
+    same(trained(graphed.states, model, (12, 9)), trained(hidden_states, model, (12, 9)))
+    assert not graphed._indexing and graphed.captures == 2
