@@ -337,7 +337,7 @@ def _whole_piece(blocks: Blocks, selection: Selection, a: int, b: int, unit: int
     k = indices.shape[1]
     _choose[((b - a) * blocks.size,)](
         indices, blocks.first, blocks.rows, blocks.row_origin, every.offsets, every.stops, bits, a, indices.stride(0),
-        K=k, SIZE=blocks.size, BLOCK_K=min(64, triton.next_power_of_2(k)), BLOCK_W=triton.next_power_of_2(min(16, words)), num_warps=1,
+        K=k, SIZE=blocks.size, BLOCK_K=min(64, triton.next_power_of_2(k)), BLOCK_W=triton.next_power_of_2(max(1, min(16, words))), num_warps=1,
     )  # fmt: skip
     return replace(every, bits=bits, fixed=True)
 

@@ -162,7 +162,7 @@ def step_config(bench: StepBench, model: str, scratch: Path) -> Any:
                 "samples": bench.samples, "max_batch": total, "num_pages": total * -(-(PROMPT + bench.tokens) // PAGE) + 64, "page_size": PAGE,
                 "prefill_chunk": 16384 if gpu else 2048, "record_indices": False, "threads": bench.threads,
             },
-            "learner": {"lr": 1e-5, "micro_tokens": 32768 if gpu else 4096, "threads": bench.threads},
+            "learner": {"lr": 1e-5, "micro_tokens": 32768 if gpu else 4096, "threads": bench.threads, "cuda_graphs": gpu},
             "algorithm": {"truncated": "keep"},
             "schedule": {"steps": bench.steps, "save_every": 0},
             "cluster": {"address": "here", "learner_gpus": share, "worker_gpus": share},
