@@ -7,6 +7,7 @@ selection.py, and prefill and decode give equal bits for equal inputs, so that a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.branch import Branch
-from winnow.kernels.packing import on_host
+from winnow.kernels.packing import longest, on_host
 from winnow.kernels.selection import Selection, window_selection
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,7 +173,7 @@ def select_paged(
 
 
 def select_rows(
-    q: Tensor, cache: Tensor, w: Tensor, bounds: list[int], tables: Tensor, contexts: list[int], positions: Tensor, top_k: int
+    q: Tensor, cache: Tensor, w: Tensor, bounds: Sequence[int], tables: Tensor, contexts: Sequence[int], positions: Tensor, top_k: int
 ) -> Selection:  # fmt: skip
     """Causal top-k of packed queries: those of sequence i are rows bounds[i] .. bounds[i + 1] and the last of contexts[i] positions.
 
@@ -276,10 +277,10 @@ def select_packed(
     from winnow.kernels.select_short import LONGEST
 
     bounds, dim = on_host(cu_seqlens), k.shape[1]
-    longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
-    if longest <= LONGEST and k.dtype == q.dtype:
-        width = 1 << (max(longest, 64) - 1).bit_length()
-        slots, owner, ends, tables = _own_pages(tuple(bounds), width, str(k.device))
+    most = longest(bounds)
+    if most <= LONGEST and k.dtype == q.dtype:
+        width = 1 << (max(most, 64) - 1).bit_length()
+        slots, owner, ends, tables = _own_pages(bounds, width, str(k.device))
         pages = k.new_zeros((len(bounds) - 1) * width, dim).index_copy_(0, slots, k).view(-1, width, dim)
         return _select_short(q, pages, w, tables, owner, ends, top_k, faults)
     bad = torch.zeros(1, dtype=torch.int32, device=q.device) if faults is None else faults

@@ -8,14 +8,13 @@ machine without a GPU needs none.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from winnow.kernels.omission import Omission
-from winnow.kernels.packing import on_host
+from winnow.kernels.packing import longest, on_host
 from winnow.kernels.selection import Selection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,7 +34,8 @@ def unless_whole(selection: Selection | None, cu_seqlens: Tensor) -> Selection |
     """None where every query takes every position it sees: L <= k and full counts. Looks at the sets only where L <= k."""
     if selection is None:
         return None
-    if max((b - a for a, b in pairwise(on_host(cu_seqlens))), default=selection.k + 1) > selection.k:
+    bounds = on_host(cu_seqlens)
+    if len(bounds) < 2 or longest(bounds) > selection.k:
         return selection
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     tokens = len(selection.counts)

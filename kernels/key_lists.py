@@ -135,7 +135,7 @@ def query_blocks(cu_seqlens: Tensor, size: int, keys: tuple[tuple[int, int], ...
 
     keys: of each sequence the first row of its keys and their number, of which its queries are the last; None: packed as the queries.
     """
-    return _query_blocks(tuple(on_host(cu_seqlens)), size, str(cu_seqlens.device), keys)
+    return _query_blocks(on_host(cu_seqlens), size, str(cu_seqlens.device), keys)
 
 
 @lru_cache(maxsize=16)
@@ -272,7 +272,7 @@ def key_lists(
     Waits for the device once a piece, to learn how long the lists are, where they may be longer than `ROOMY` entries.
     """
     end = len(blocks) if end is None else end
-    if selection is not None and blocks.longest <= WHOLE and sum(_seen(blocks, begin, end)) <= ROOMY:
+    if selection is not None and blocks.longest <= WHOLE and _entries(blocks, begin, end, unit) <= ROOMY:
         yield _whole_piece(blocks, selection, begin, end, unit)
         return
     words = (blocks.longest + 31) // 32
@@ -326,8 +326,13 @@ def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
         last = (blocks.first[a:b] + blocks.rows[a:b] + blocks.shift[a:b])[block]
         return Lists(blocks, a, b, keys.masked_fill_(keys >= last, -1), offsets, offsets[1:], None, ends, {})
 
-    entries = sum(-(-count // unit) * unit for count in _seen(blocks, a, b))
-    return _kept(blocks, (a, b, unit), make) if entries <= ROOMY else make()
+    return _kept(blocks, (a, b, unit), make) if _entries(blocks, a, b, unit) <= ROOMY else make()
+
+
+def _entries(blocks: Blocks, a: int, b: int, unit: int) -> int:
+    """Of lists that hold every position up to each block's last query."""
+    entries: int = _kept(blocks, (a, b, -unit), lambda: sum(-(-count // unit) * unit for count in _seen(blocks, a, b)))
+    return entries
 
 
 def _whole_piece(blocks: Blocks, selection: Selection, a: int, b: int, unit: int) -> Lists:

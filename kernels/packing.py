@@ -121,14 +121,20 @@ def _batch(group: list[int], bounds: tuple[int, ...], lens: list[int], kv_lens: 
 
 def known(tensor: Tensor, values: Sequence[int]) -> Tensor:
     """Notes on `tensor` the values that it was made of, so that `on_host` need not wait for a GPU."""
-    tensor._winnow_values = list(values)  # type: ignore[attr-defined]
+    tensor._winnow_values = tuple(values)  # type: ignore[attr-defined]
     return tensor
 
 
-def on_host(tensor: Tensor) -> list[int]:
-    """tensor.tolist(), from `known` where that has been."""
-    values: list[int] | None = getattr(tensor, "_winnow_values", None)
-    return values if values is not None else tensor.tolist()
+def on_host(tensor: Tensor) -> tuple[int, ...]:
+    """The values of a tensor [n] of integers, from `known` where that has been."""
+    values: tuple[int, ...] | None = getattr(tensor, "_winnow_values", None)
+    return values if values is not None else tuple(tensor.tolist())
+
+
+@lru_cache(maxsize=64)
+def longest(bounds: tuple[int, ...]) -> int:
+    """The most tokens between two neighbours of the bounds; every layer asks."""
+    return max((b - a for a, b in itertools.pairwise(bounds)), default=0)
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, lengths: Tensor, num_keys: int) -> Tensor:

@@ -98,7 +98,7 @@ class LayerwiseWarmup(IndexerLoss):
             self.losses.setdefault(x.layer, []).append(total / max(1, rows))
 
 
-def _micro_bounds(bounds: list[int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
+def _micro_bounds(bounds: Sequence[int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
     """Cut packed sequences into runs of about `tokens` tokens: (first row, last row, cu_seqlens of the run)."""
     start = 0
     for i in range(1, len(bounds)):
