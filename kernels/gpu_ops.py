@@ -252,15 +252,8 @@ def select_short(
 
 
 def _select_short(
-    q: Tensor,
-    cache: Tensor,
-    w: Tensor,
-    tables: Tensor,
-    owner: Tensor | None,
-    ends: Tensor,
-    top_k: int,
-    faults: Tensor | None,
-) -> Selection:
+    q: Tensor, cache: Tensor, w: Tensor, tables: Tensor, owner: Tensor | None, ends: Tensor, top_k: int, faults: Tensor | None
+) -> Selection:  # fmt: skip
     from winnow.kernels.select_short import select_short as kernel
 
     bad = torch.zeros(1, dtype=torch.int32, device=q.device) if faults is None else faults

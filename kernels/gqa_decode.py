@@ -183,9 +183,7 @@ def gqa_decode(
     split, room = split or chosen[0], max(16, triton.next_power_of_2(capacity))
     splits = max(1, triton.cdiv(capacity, split))
     block_n = block_n or min(chosen[1], room)
-    split = min(
-        split, max(block_n, room)
-    )  # places are looked up for whole splits: no more of them than there are, and the same bits
+    split = min(split, max(block_n, room))  # no more places are looked up than there are; the bits stay
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if lse is None else lse
     if batch == 0:

@@ -101,9 +101,8 @@ def _index_rows(
     mean = tl.sum(key, 0) / D
     inverse = 1.0 / tl.sqrt_rn(tl.sum((key - mean) * (key - mean), 0) / D + eps)
     one = (key - mean) * inverse * tl.load(gamma + d) + tl.load(beta + d)
-    two = (_folded(row + KEY + mate, d < D, piece_stride, PIECES) - mean) * inverse * tl.load(gamma + mate) + tl.load(
-        beta + mate
-    )
+    two = _folded(row + KEY + mate, d < D, piece_stride, PIECES)
+    two = (two - mean) * inverse * tl.load(gamma + mate) + tl.load(beta + mate)
     turned = tl.where(turns, one * c + two * s, one).to(kind)
     tl.store(cache + tl.load(slots + t) * D + d, turned)
     if KEEP:

@@ -6,10 +6,10 @@
 A layer is some seventy launches forward and back; at a few microseconds of the device each the host cannot follow, and a model of 135M waits for
 it three quarters of a step. Of these a piece is two. Attention stays as it is: what it launches depends on the sequences.
 
-An indexer that does not learn is part of its layer's piece. Graphs have one number of rows, `capacity`; tokens fill the first of them. What the others hold goes nowhere: their gradients are zero, and no
-piece looks from one row to another. Numbers lie where they are until the next step, so nothing else may run forward between a forward pass
-and its backward; passes without gradients take the other way (`hidden_states`). With a larger batch everything is captured anew; much
-smaller ones have pieces of their own.
+An indexer that does not learn is part of its layer's piece. Graphs have one number of rows, `capacity`; tokens fill the first of them. What
+the others hold goes nowhere: their gradients are zero, and no piece looks from one row to another. Numbers lie where they are until the next
+step, so nothing else may run forward between a forward pass and its backward; passes without gradients take the other way
+(`hidden_states`). With a larger batch everything is captured anew; much smaller ones have pieces of their own.
 """
 
 from __future__ import annotations
