@@ -125,11 +125,30 @@ class Pieces:
     def __init__(self, model: Any, capture: bool, least: int = 0) -> None:
         assert takes(model), f"no pieces are known of a {model.config.model_type} model"
         self.decoder, self.model, self.capture, self.least = model.get_decoder(), model, capture, least
-        self.capacity = self.captures = 0
+        self.captures = self._made = 0
         self.smaller: Pieces | None = None
         self._indexing = False  # whether they hold the indexers
         self._tokens = 0  # rows that hold something
         self._pieces: list[Piece] = []
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the pieces have, or will have from their first batch on unless it is larger."""
+        return max(self._made, self.least)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The capacities of these pieces and of the smaller ones. A product of another number of rows rounds elsewhere: a run that goes on with
+        other sizes goes on with other bits."""
+        return [self.capacity, *(self.smaller.sizes if self.smaller is not None else [])]
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Takes over the `sizes` of another run, before the first batch."""
+        assert self._made == 0, "these pieces have run already"
+        self.least = sizes[0]
+        if len(sizes) > 1:
+            self.smaller = Pieces(self.model, self.capture)
+            self.smaller.reserve(sizes[1:])
 
     def states(self, model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """`hidden_states`, through the pieces where they can: with gradients, of this model, with enough tokens."""
@@ -147,9 +166,10 @@ class Pieces:
         if not all(training.knows(layer, x[None], cos, ctx) for layer in layers):
             return hidden_states(model, input_ids, ctx)
         indexing = ctx.scores and ctx.selection_in is None and self._frozen()
-        if tokens > self.capacity or indexing != self._indexing:
+        wanted = self.capacity if tokens <= self.capacity else -(-int(tokens * ROOM) // STEP) * STEP
+        if wanted != self._made or indexing != self._indexing:
             self._indexing = indexing
-            self._make(max(self.least, self.capacity, -(-int(tokens * ROOM) // STEP) * STEP), x, cos, rows)
+            self._make(wanted, x, cos, rows)
         self._enter(tokens, cos, sin)
         residual = _Fill.apply(x, self._first)
         y, q, k, v, *projected = self._run(0, residual)
@@ -197,7 +217,7 @@ class Pieces:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-        self.capacity, self._tokens = capacity, 0
+        self._made, self._tokens = capacity, 0
         self._cos, self._sin = (torch.zeros(capacity, dim, dtype=cos.dtype, device=cos.device) for _ in range(2))
         self._first, self._last_back = zeros(capacity, config.hidden_size), zeros(capacity, config.hidden_size)
         self._out = zeros(len(layers), capacity, number, dim)

@@ -75,10 +75,12 @@ class Policy:
             )
         self.ranks.shard(self.model, attach.indexer_parameters(self.model).values())
         self.states: States = hidden_states
+        self.pieces: Pieces | None = None
         if self.device == "cuda" and self.ranks.world == 1 and takes(self.model):
             join(self.model)
             if config.learner.cuda_graphs:
-                self.states = Pieces(self.model, capture=True).states
+                self.pieces = Pieces(self.model, capture=True)
+                self.states = self.pieces.states
         base, indexer = attach.base_parameters(self.model).values(), attach.indexer_parameters(self.model).values()
         self.optimizer = Optimizer(base, indexer, config.learner, config.indexer)
         self.reference = None
@@ -99,7 +101,8 @@ class Policy:
         if self.ranks.rank == 0:
             model_folders.save(self.model, self.tokenizer, folder, None if self.ranks.world == 1 else tensors)
             if state:
-                torch.save({"optimizer": optimizer, "rng": torch.get_rng_state()}, folder / STATE_FILE)
+                sizes = [] if self.pieces is None else self.pieces.sizes
+                torch.save({"optimizer": optimizer, "rng": torch.get_rng_state(), "pieces": sizes}, folder / STATE_FILE)
 
     def resume(self, folder: str | Path, config: Config | None = None) -> dict[str, Any]:
         """Loads a checkpoint with its optimizer and random state: the next step is bit for bit that of the uninterrupted run."""
@@ -107,6 +110,8 @@ class Policy:
         state = torch.load(Path(folder) / STATE_FILE, map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
+        if self.pieces is not None and state.get("pieces"):
+            self.pieces.reserve(state["pieces"])
         return info
 
     def weights(self, version: int) -> weights.WeightUpdate:

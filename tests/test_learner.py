@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,6 +239,34 @@ def test_resume_is_bitwise_equal_to_the_uninterrupted_run(folder: Path, tmp_path
         again.step(batch)
     assert not changed(state(straight), again)
     assert again.optimizer.lr == straight.optimizer.lr
+
+
+def test_a_resumed_learner_has_the_sizes_of_its_graphs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of another number of rows would round elsewhere. A learner without graphs saves none, and leaves theirs alone."""
+    from winnow.models.pieces import Pieces
+
+    learner = learner_for(folder, tmp_path)
+    learner.save(tmp_path / "plain")
+    learner.pieces = Pieces(learner.model, capture=False)
+    learner.pieces.reserve([3072, 1024])
+    learner.save(tmp_path / "graphs")
+    without = Learner(config_for(folder, tmp_path))
+    without.resume(tmp_path / "graphs")
+    assert without.pieces is None
+    adopt = Learner._adopt
+
+    def with_graphs(self: Learner, model: Any, path: str) -> dict[str, Any]:
+        info = adopt(self, model, path)
+        self.pieces = Pieces(model, capture=False)
+        return info
+
+    monkeypatch.setattr(Learner, "_adopt", with_graphs)
+    for name, sizes in (("plain", [0]), ("graphs", [3072, 1024])):
+        again = Learner(config_for(folder, tmp_path))
+        again.resume(tmp_path / name)
+        assert again.pieces is not None and again.pieces.sizes == sizes
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "mismatch"])

@@ -206,6 +206,27 @@ def test_small_batches_have_pieces_of_their_own(monkeypatch, captures):
     assert graphed.smaller.smaller.smaller is None, "there are no smaller ones than one step"
 
 
+def test_a_run_that_goes_on_has_the_sizes_of_the_one_before(monkeypatch, captures):
+    """Another number of rows rounds elsewhere: with the sizes of an earlier run, batches find the rows that they would have found there."""
+    monkeypatch.setattr(pieces, "STEP", 8)
+    model = make_model("llama")
+    joined.join(model)
+    first, second = (Pieces(model, capture=captures) for _ in range(2))
+    for lengths in ((60, 30), (8,), (90,)):
+        trained(first.states, model, lengths)
+    assert first.sizes == [104, 16]
+    second.reserve(first.sizes)
+    assert second.sizes == first.sizes and second.captures == 0
+    for lengths in ((100,), (5, 3), (20,)):  # 100 would ask for room beyond 104
+        same(trained(second.states, model, lengths), trained(first.states, model, lengths))
+        assert second.sizes == first.sizes == [104, 16]
+    assert second.captures == second.smaller.captures == 1
+    trained(second.states, model, (105,))
+    assert second.sizes == [120, 16], "a larger batch makes room as ever"
+    with pytest.raises(AssertionError, match="have run already"):
+        second.reserve([8])
+
+
 @pytest.mark.parametrize("options", [{}, {"leaders": (0,)}])
 def test_frozen_indexers_are_part_of_the_pieces(options, monkeypatch, captures):
     """The same sets and gradients; an indexer is counted where it chooses and nowhere else, and learns in no piece."""
