@@ -1,8 +1,8 @@
 """Indexer scores and their exact top-k for many queries of many short contexts, in one launch.
 
 A batch of a few hundred sequences of about a hundred tokens would cost a launch of every kernel for each sequence. Here a program takes one
-query, whatever sequence it is of: it writes its scores as the decode kernel does (the same bits) and counts, for each position, how many
-come before it. That is quadratic in the context, and so only for contexts of up to `LONGEST` tokens.
+query, whatever sequence it is of: it writes its scores as the decode kernel does (the same bits), reads all of them back at once and searches
+for the k-th as topk.py does among its candidates. A program holds a whole context: of up to `LONGEST` tokens.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from winnow.kernels.indexer_logits import _load_keys, _load_page, _load_query
-from winnow.kernels.topk import _keys
+from winnow.kernels.topk import _count, _keys, _narrow, _thresholds
 
 LONGEST = 1024  # tokens of a context
 DECODED = 512  # in decode, where many programs share a row, they catch up beyond this
@@ -48,13 +48,15 @@ def _select_short(
     own = _keys(tl.load(mine + offs, mask=offs < length, other=float("-inf")))
     if tl.max(tl.where(offs < length, own, -2147483648), 0) == 2147483647:  # a NaN
         tl.store(bad, 1)
-    before = tl.zeros([WIDTH], tl.int32)
-    for start in range(0, length, BLOCK_N):
-        pos = start + tl.arange(0, BLOCK_N)
-        other = _keys(tl.load(mine + pos, mask=pos < length, other=float("-inf")))[:, None]
-        ahead = (other > own[None, :]) | ((other == own[None, :]) & (pos[:, None] < offs[None, :]))
-        before += tl.sum((ahead & (pos[:, None] < length)).to(tl.int32), 0)
-    chosen = ((before < k) & (offs < length)).to(tl.int32)
+    own = tl.where(offs < length, own, -2147483648)
+    low, high, at_low, above_high = tl.min(tl.where(offs < length, own, 2147483647), 0), tl.max(own, 0), length, 0
+    while low < high:  # to the k-th largest key, or to one that exactly k keys reach
+        one, two, three = _thresholds(low, high)
+        reach = tl.sum(_count(own, one, two, three), 0)
+        low, high, at_low, above_high = _narrow(reach, low, high, at_low, above_high, one, two, three, k, k)
+    bigger, equal = own > low, ((own == low) & (offs < length)).to(tl.int32)
+    ties = k - tl.sum(bigger.to(tl.int32), 0)
+    chosen = (bigger | ((equal > 0) & (tl.cumsum(equal, 0) <= ties))).to(tl.int32)
     tl.store(target + tl.cumsum(chosen, 0) - 1, offs, mask=chosen > 0)
     tl.store(counts + row, k)
 
