@@ -1,11 +1,29 @@
-"""A second stream for what may run beside the first: in a CUDA graph, a branch of it."""
+"""CUDA graphs, and a second stream for what may run beside the first: in a graph, a branch of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+
+Made = TypeVar("Made")
+
+
+def captured(run: Callable[[], Made], stream: torch.cuda.Stream, pool: Any) -> tuple[torch.cuda.CUDAGraph, Made]:
+    """A graph of what `run` launches, in the memory of `pool`, and what it returned. Graphs that share memory are captured on one stream.
+
+    Not torch.cuda.graph, which gives all cached memory back first: whoever else is in the process would ask for its own anew, block by block.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            made = run()
+        finally:
+            graph.capture_end()
+    return graph, made
 
 
 class Branch:

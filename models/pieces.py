@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import ops
+from winnow.kernels.branch import captured
 from winnow.models import training
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states
@@ -314,12 +315,5 @@ class Pieces:
 
 
 def _captured(run: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Any]:
-    """A graph of what `run` launches, and what it returned."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream), torch.enable_grad():
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            made = run()
-        finally:
-            graph.capture_end()
-    return graph, made
+    with torch.enable_grad():
+        return captured(run, stream, pool)

@@ -251,7 +251,7 @@ def status_before(config: Config) -> str | None:
 
 def inputs(config: Config) -> dict[str, str]:
     """What a run reads, by what it looks like now: its model and the files of its domains."""
-    from winnow.rl.pipeline import fingerprint
+    from winnow.rl.lineage import fingerprint
 
     files = [config.model.path, *(path for domain in config.domains for path in (domain.source, domain.path) if path)]
     return {path: fingerprint(path) for path in files}

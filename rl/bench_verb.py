@@ -13,6 +13,12 @@ from winnow.rl.verbs import say
 
 def add_bench(bench: argparse.ArgumentParser) -> None:
     """What is measured, and the options of each."""
+    _add_measured(bench)
+    _add_runs(bench)
+
+
+def _add_measured(bench: argparse.ArgumentParser) -> None:
+    """What is measured, on what, and how long."""
     bench.add_argument(
         "what",
         choices=(
@@ -73,6 +79,10 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--reference", help="rollout --suite greedy, plugin: a JSON file of greedy tokens (greedy: written if missing)"
     )
+
+
+def _add_runs(bench: argparse.ArgumentParser) -> None:
+    """Runs: their sizes, ends, seeds, and what is varied."""
     bench.add_argument("--prompts", type=positive, default=32, help="step, scaling: prompts of a step (32)")
     bench.add_argument("--samples", type=positive, default=8, help="step, scaling: samples of a prompt (8)")
     bench.add_argument("--tokens", type=positive, default=64, help="step, scaling: the most tokens of a sample (64)")

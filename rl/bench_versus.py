@@ -22,7 +22,7 @@ from winnow.rl.ablation_page import as_rows, document
 from winnow.rl.bench_peer import read_peer
 from winnow.rl.bench_step import EARLY, StepBench, bench_step
 from winnow.rl.charts import Series
-from winnow.rl.pipeline import fingerprint
+from winnow.rl.lineage import fingerprint
 
 START_S = {"ours": 40.0, "trl": 90.0}  # kept for what comes before a first step: TRL with vLLM needs about 70 s
 LEAST_S = 10.0  # of steps; a shorter run shows nothing

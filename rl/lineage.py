@@ -60,3 +60,11 @@ def check_tokenizer(rows: Iterable[Row], wanted: str, where: str, model: str) ->
                 f"{where}: row {row.id} was made with tokenizer {row.tokenizer}, but {model} has tokenizer {wanted}: its replies would not "
                 "end where that model ends them. Make the rows with a specialist of this base, or take them out of student.rows"
             )
+
+
+def fingerprint(path: str) -> str:
+    """A hash of names, sizes and times of a folder's files; of the name alone for a model spec."""
+    folder = Path(path).expanduser()
+    files = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
+    listed = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps([str(path), listed]).encode()).hexdigest()[:16]

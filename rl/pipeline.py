@@ -17,7 +17,6 @@ of specialists, data, student and mixed). comparison.md and comparison.svg then 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import threading
@@ -25,7 +24,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from winnow.rl.budget import Budget, least
@@ -34,13 +32,14 @@ from winnow.rl.config import Config, config_hash, to_yaml
 from winnow.rl.forgetting import forgetting
 from winnow.rl.holdout import holdout_requests
 from winnow.rl.interrupts import Interrupts
+from winnow.rl.lineage import fingerprint
 from winnow.rl.manifest import Manifest
 from winnow.rl.overlap import Job, Lanes, run_jobs
 from winnow.rl.pipeline_config import PipelineConfig, base_options, convert_options
 from winnow.rl.placement import has_room
 from winnow.rl.remote_learner import LearnerDied
 from winnow.rl.results import FLOORS, last_model, result_table, summary
-from winnow.rl.run import code_version
+from winnow.rl.run import code_version, resumable
 from winnow.rl.students_figure import write_comparison
 
 Found = TypeVar("Found")
@@ -394,20 +393,6 @@ class Pipeline:
 def is_model(stage: str) -> bool:
     """Whether a stage's result is a model's folder."""
     return not stage.startswith(("data-", "evaluation-"))
-
-
-def fingerprint(path: str) -> str:
-    """A hash of names, sizes and times of a folder's files; of the name alone for a model spec."""
-    folder = Path(path).expanduser()
-    files = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
-    listed = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return hashlib.sha256(json.dumps([str(path), listed]).encode()).hexdigest()[:16]
-
-
-def resumable(config: Config) -> bool:
-    """Whether the run's folder holds an unfinished run of this very config."""
-    text = config.folder / "config.yaml"
-    return text.is_file() and text.read_text().startswith(f"# config {config_hash(config)},")
 
 
 def run_pipeline(config: PipelineConfig, progress: Callable[[str], object] = print) -> dict[str, Any]:

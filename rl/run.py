@@ -275,3 +275,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return str(value)
+
+
+def resumable(config: Config) -> bool:
+    """Whether the run's folder holds an unfinished run of this very config."""
+    text = config.folder / "config.yaml"
+    return text.is_file() and text.read_text().startswith(f"# config {config_hash(config)},")

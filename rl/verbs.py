@@ -24,7 +24,8 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.vary and not arguments.table:
         raise ValueError("--vary makes rows of a table: add --table")
     if arguments.table:
-        from winnow.rl.ablation import as_markdown, convert_table
+        from winnow.rl.ablation import convert_table
+        from winnow.rl.conversion_table import as_markdown
 
         ks = arguments.k or [options.top_k]
         varied = {}

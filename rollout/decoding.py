@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import ops
-from winnow.kernels.branch import Branch
+from winnow.kernels.branch import Branch, captured
 from winnow.models.context import ForwardContext
 from winnow.models.forward import hidden_states, lm_head_weight
 from winnow.rollout.cache import PagedCache
@@ -286,18 +287,11 @@ class Decoding:
             self._step(shape, static)
         torch.cuda.synchronize()  # nothing of that run is under way when its memory is given back
         static.clear()
-        # Not torch.cuda.graph, which gives all cached memory back first: the learner beside it would ask for its own anew, block by block.
         free, total = torch.cuda.mem_get_info(self.device)
         if free < SPARE * total:
             torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._step(shape, static)
-            finally:
-                graph.capture_end()
+        graph, _ = captured(partial(self._step, shape, static), self._stream, self._pool)
         torch.cuda.current_stream().wait_stream(self._stream)
         self.graphs += 1
         return graph.replay, static

@@ -346,8 +346,8 @@ def test_a_bad_score_that_a_layer_noted_ends_the_pass():
 def test_a_train_context_knows_its_lengths():
     """Layers ask for bounds and lengths: on a GPU each question that the tensors have to answer waits for the device."""
     ctx = train_context([3, 5])
-    assert on_host(ctx.cu_seqlens) == ctx.cu_seqlens.tolist() == [0, 3, 8]
-    assert on_host(ctx.seq_lens) == ctx.seq_lens.tolist() == [3, 5]
+    assert on_host(ctx.cu_seqlens) == tuple(ctx.cu_seqlens.tolist()) == (0, 3, 8)
+    assert on_host(ctx.seq_lens) == tuple(ctx.seq_lens.tolist()) == (3, 5)
     assert hasattr(ctx.cu_seqlens, "_winnow_values") and hasattr(ctx.seq_lens, "_winnow_values")
     assert (ctx.max_seq_len, ctx.fresh, ctx.positions.tolist()) == (5, True, [0, 1, 2, 0, 1, 2, 3, 4])
 
