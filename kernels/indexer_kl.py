@@ -340,8 +340,7 @@ def _run_slice(
         COST=bool(cost), DENSE=dense, **attention, **common,
     )  # fmt: skip
     if wants:
-        groups = triton.cdiv(heads, pack)
-        _query_gradient[((s.b - s.a) * groups,)](
+        _query_gradient[((s.b - s.a) * triton.cdiv(heads, pack),)](
             q, k, w, s.slope, lists.keys, offsets, stops, blocks.first, blocks.rows, dq, dw, begin, s.b - s.a, s.shift,
             BLOCK_D=block_d, **index, **common,
         )  # fmt: skip
