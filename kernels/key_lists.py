@@ -51,7 +51,7 @@ class Blocks:
     row_origin: Tensor
     host: tuple[list[int], list[int], list[int], list[int]]
     longest: int
-    layouts: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
+    layouts: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.host[0])
@@ -76,7 +76,7 @@ class Lists:
     stops: Tensor
     bits: Tensor | None
     ends: list[int]
-    shared: dict[tuple[int, ...], Any] | None
+    shared: dict[tuple[Any, ...], Any] | None
     fixed: bool = False
 
     @property
@@ -101,7 +101,7 @@ class Lists:
         """Of entries [begin, end), the `segments.key_order` among `rows` keys."""
         if not self.fixed or self.shared is None:
             return key_order(self.keys[begin:end], rows)
-        key = (begin, end, rows, 0)
+        key = ("order", begin, end, rows)
         if key not in self.shared:
             with torch.inference_mode(False):
                 self.shared[key] = key_order(self.keys[begin:end], rows)
@@ -286,7 +286,7 @@ def key_lists(
         )
 
 
-def _kept(blocks: Blocks, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
+def _kept(blocks: Blocks, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """What `make` returns, made once for these blocks."""
     if key not in blocks.layouts:
         with torch.inference_mode(False):  # or a later call could not save them for its backward
@@ -331,7 +331,9 @@ def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
 
 def _entries(blocks: Blocks, a: int, b: int, unit: int) -> int:
     """Of lists that hold every position up to each block's last query."""
-    entries: int = _kept(blocks, (a, b, -unit), lambda: sum(-(-count // unit) * unit for count in _seen(blocks, a, b)))
+    entries: int = _kept(
+        blocks, ("entries", a, b, unit), lambda: sum(-(-count // unit) * unit for count in _seen(blocks, a, b))
+    )
     return entries
 
 

@@ -210,6 +210,7 @@ class Pieces:
     def _make(self, capacity: int, like: Tensor, cos: Tensor, rows: Any) -> None:
         """Static tensors and pieces for `capacity` rows; the old ones go first."""
         self._pieces.clear()
+        self._made = self._tokens = 0  # until all of them are there: a capture may run out of memory halfway
         layers, config = self.decoder.layers, self.model.config
         attention = layers[0].self_attn
         dim, kv = attention.head_dim, attention.k_proj.out_features // attention.head_dim
@@ -218,7 +219,6 @@ class Pieces:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-        self._made, self._tokens = capacity, 0
         self._cos, self._sin = (torch.zeros(capacity, dim, dtype=cos.dtype, device=cos.device) for _ in range(2))
         self._first, self._last_back = zeros(capacity, config.hidden_size), zeros(capacity, config.hidden_size)
         self._out = zeros(len(layers), capacity, number, dim)
@@ -252,8 +252,9 @@ class Pieces:
         runs: list[Run] = [begin, *(between(index) for index in range(1, len(layers))), end]
         if not self.capture:
             self._pieces = [Piece(run, (), ()) for run in runs]
-            return
-        self._capture(runs, [self._reads(index) for index in range(len(runs))])
+        else:
+            self._capture(runs, [self._reads(index) for index in range(len(runs))])
+        self._made = capacity
 
     def _reads(self, index: int) -> list[Tensor]:
         """The parameters with gradients that a piece reads."""

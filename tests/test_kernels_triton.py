@@ -567,6 +567,9 @@ def test_short_selection_at_its_edges(k):
     q, cache, w, table, _ = index_case(4, 32, 16, lengths, False)
     cache.copy_(cache.sign())  # many equal scores
     w[3] = 0.0
+    w[4] *= 1e35  # keys from near one end of the integers to near the other
+    w[5] = 3e38  # infinities: as many ties as there are, and lower than a NaN
+    w[6] = -w[6].abs()  # the best ones are zeros, and minus zeros
     bounds, lens = ints(range(len(lengths) + 1)), ints(lengths)
     positions = lens.long() - 1
     got = gpu_ops.select_prefill(q, cache, w, bounds, positions, table, lens, k)

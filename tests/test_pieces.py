@@ -206,6 +206,27 @@ def test_small_batches_have_pieces_of_their_own(monkeypatch, captures):
     assert graphed.smaller.smaller.smaller is None, "there are no smaller ones than one step"
 
 
+def test_a_capture_that_fails_halfway_leaves_nothing_to_run(monkeypatch, captures):
+    """Of the pieces that were there by then none may be taken for all: the next batch captures anew."""
+    model = make_model("llama")
+    joined.join(model)
+    graphed, capture, asked = Pieces(model, capture=True), pieces._captured, []
+
+    def fails_third(*how):
+        asked.append(1)
+        if len(asked) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return capture(*how)
+
+    monkeypatch.setattr(pieces, "_captured", fails_third)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        trained(graphed.states, model, (9, 6))
+    assert graphed.captures == graphed.capacity == 0
+    model.zero_grad(set_to_none=True)
+    same(trained(graphed.states, model, (9, 6)), trained(hidden_states, model, (9, 6)))
+    assert graphed.captures == 1
+
+
 def test_a_run_that_goes_on_has_the_sizes_of_the_one_before(monkeypatch, captures):
     """Another number of rows rounds elsewhere: with the sizes of an earlier run, batches find the rows that they would have found there."""
     monkeypatch.setattr(pieces, "STEP", 8)
