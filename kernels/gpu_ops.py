@@ -20,7 +20,7 @@ from winnow.kernels.packing import longest, on_host
 from winnow.kernels.selection import Selection, window_selection
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCORE_BUDGET = 1 << 26  # fp32 scores of one piece of a prefill: 256 MiB, and 1 GiB of candidates
+SCORE_BUDGET = 1 << 27  # fp32 scores of one piece of a prefill: 512 MiB, and 1 GiB of candidates
 EXACT_SPLIT, EXACT_STEP = 512, 64  # positions per program and step of a decode whose bits depend on no batch
 
 
@@ -141,9 +141,27 @@ def indexer_logits(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
 
 
 def topk(scores: Tensor, lengths: Tensor, k: int) -> Selection:
-    from winnow.kernels.topk import topk as choose
+    rows, device = len(scores), scores.device
+    chosen = Selection(
+        torch.empty(rows, k, dtype=torch.int32, device=device), torch.empty(rows, dtype=torch.int32, device=device)
+    )
+    bad = torch.zeros(1, dtype=torch.int32, device=device)
+    _choose(scores.contiguous(), lengths.to(torch.int32), k, chosen.indices, chosen.counts, bad)
+    _raise_if(bad)
+    return chosen
 
-    return Selection(*choose(scores.contiguous(), lengths.to(torch.int32), k))
+
+def _choose(scores: Tensor, lengths: Tensor, k: int, indices: Tensor, counts: Tensor, bad: Tensor) -> None:
+    """Fills indices int32 [rows, k] and counts int32 [rows]; bad int32 [1]: 1 after a NaN."""
+    from winnow.kernels.topk import topk as choose
+    from winnow.kernels.topk import topk_workspace
+    from winnow.kernels.topk_rows import suits, topk_rows
+
+    if suits(*scores.shape):
+        topk_rows(scores, lengths, k, indices, counts, bad)
+    else:
+        work = topk_workspace(*scores.shape, k, scores.device) | {"bad": bad}
+        choose(scores, lengths, k, indices, counts, work, check=False)
 
 
 def select_paged(
@@ -198,8 +216,6 @@ class _Rows:
     def choose(self, first: int, last: int, cache: Tensor, table: Tensor, keys: int) -> None:
         """Rows [first, last), the last of `keys` positions. Those that see at most top_k positions keep them all."""
         from winnow.kernels.indexer_logits import indexer_logits_prefill
-        from winnow.kernels.topk import topk as choose
-        from winnow.kernels.topk import topk_workspace
 
         indices, counts, device = self.selection.indices, self.selection.counts, self.q.device
         step = max(64, SCORE_BUDGET // max(8192, keys))
@@ -209,8 +225,7 @@ class _Rows:
             scores = torch.empty(b - a, round_up(seen), dtype=torch.float32, device=device)
             ends = self.ends[a:b]
             indexer_logits_prefill(self.q[a:b], cache, self.w[a:b], table, seen, ends, scores)
-            work = topk_workspace(b - a, scores.shape[1], self.top_k, device) | {"bad": self.bad}
-            choose(scores, ends, self.top_k, indices[a:b], counts[a:b], work, check=False)
+            _choose(scores, ends, self.top_k, indices[a:b], counts[a:b], self.bad)
 
 
 def _raise_if(bad: Tensor) -> None:

@@ -17,7 +17,18 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 def kernels(sm):
     """(name, kernel, types of the pointer and scalar arguments, constants, warps, stages) of the shapes that are timed."""
-    from winnow.kernels import draw, gqa_decode, indexer_logits, invariant, mla_decode, quant, rows, select_short, topk
+    from winnow.kernels import (
+        draw,
+        gqa_decode,
+        indexer_logits,
+        invariant,
+        mla_decode,
+        quant,
+        rows,
+        select_short,
+        topk,
+        topk_rows,
+    )
 
     i32, f8 = "*i32", sm >= 89
     split, block_n, stages = gqa_decode.plan(128, 8, 256, SHARED[sm] // 1024)  # what a batch of 128 takes on this chip
@@ -162,6 +173,15 @@ def kernels(sm):
     for given in (False, True):
         yield f"draw choose given={given}", draw._choose, drawn | dict(uniform="*fp64", tokens="*i64", logprobs="*fp32", bad=i32), {
             "BLOCK": draw.BLOCK, "PIECES": 64, "GIVEN": given}, 8, 2  # fmt: skip
+    row = dict(scores="*fp32", lengths=i32, limits=i32, k="i32", score_stride="i32")
+    for given in (False, True):
+        yield f"topk rows limits given={given}", topk_rows._limits, row | dict(maxima=i32, bad=i32, maxima_stride="i32"), {
+            "SPAN": 256, "GROUP": 8, "FOLD": 4096, "GIVEN": given, "VECTOR": 4}, 8, 1  # fmt: skip
+    yield "topk rows flag", topk_rows._flag, row | dict(words=i32, word_stride="i32"), {
+        "CHUNKS": 16, "CHUNK": topk_rows.FLAGGED, "VECTOR": 4}, 4, 1  # fmt: skip
+    yield "topk rows pick", topk_rows._pick, row | dict(
+        words=i32, pairs="*i64", out=i32, counts=i32, word_stride="i32", pair_stride="i32", out_stride="i32",
+    ), {"BLOCK": topk_rows.WORDS, "TILE": topk_rows.TILE, "K_BLOCK": 2048, "SOFT": False}, 8, 1  # fmt: skip
     for dtype, heads, dim, width in (("*bf16", 4, 32, 128), ("*fp32", 16, 64, 1024)):
         yield f"select short {dtype} {width}", select_short._select_short, dict(
             q=dtype, cache=dtype, w="*fp32", table=i32, owner=i32, ends=i32, scores="*fp32", bad=i32, out=i32, counts=i32, k="i32",

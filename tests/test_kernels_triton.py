@@ -21,6 +21,7 @@ from winnow.kernels.packing import known  # noqa: E402
 from winnow.kernels.quant import quantise_query, write_index_keys, write_mla  # noqa: E402
 from winnow.kernels.selection import Selection  # noqa: E402
 from winnow.kernels.topk import topk  # noqa: E402
+from winnow.kernels.topk_rows import topk_rows  # noqa: E402
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -229,6 +230,54 @@ def test_topk(width, k):
         assert torch.equal(topk(poisoned, ints(lengths), k)[0], got[0])
     for r in range(len(kinds)) if GPU else [1]:
         assert torch.equal(topk(poisoned[r : r + 1], ints(lengths[r : r + 1]), k)[0], got[0][r : r + 1])
+
+
+@pytest.mark.parametrize(
+    "width,k", [(300, 32), (1501, 40), (8892, 64)] + ([(16384, 2048), (131072, 2048), (40003, 512)] if GPU else [])
+)
+def test_topk_of_many_rows(width, k):
+    kinds = KINDS if GPU or width < 2000 else KINDS[:3]
+    scores = torch.stack([rows_of(kind, width, seed) for seed, kind in enumerate(kinds)])
+    some = [k + 1, k + 2, 64, 65, width - 3, width // 32 * 32, width // 32 * 32 - 1]
+    for lengths in [[width] * len(kinds), [0, 1, k - 1, k, k + 1, width - 1, width // 2], some]:
+        lengths = lengths[: len(kinds)]
+        poisoned = scores.clone()
+        for r, n in enumerate(lengths):
+            poisoned[r, n:] = float("nan")
+        want = ref.topk(scores, ints(lengths), k)
+        for given in (False, True):
+            out, counts, bad = (
+                torch.full((len(kinds), k), -7, dtype=torch.int32, device=DEV),
+                ints([-7] * len(kinds)),
+                ints([0]),
+            )
+            maxima = {}
+            if given:  # groups of 4, neighbours or not; those of spans past the end are not read
+                span, group = 64, 4
+                there = torch.full((len(kinds), -(-width // span) * span), -torch.inf, device=DEV)
+                for r, n in enumerate(lengths):
+                    there[r, :n] = scores[r, :n]
+                keys = (there + 0.0).view(torch.int32)
+                keys = keys ^ ((keys >> 31) & 0x7FFFFFFF)
+                best = keys.view(len(kinds), -1, group, span // group).amax(2).flatten(1)
+                for r, n in enumerate(lengths):
+                    best[r, -(-n // span) * (span // group) :] = 2**31 - 1
+                maxima = {"maxima": best.contiguous(), "span": span, "group": group}
+            topk_rows(poisoned, ints(lengths), k, out, counts, bad, **maxima)
+            assert int(bad) == 0 and torch.equal(counts, want[1])
+            for r in range(len(kinds)):
+                assert torch.equal(out[r], want[0][r]), f"row {r} ({kinds[r]}, length {lengths[r]}, {given})"
+
+
+@pytest.mark.parametrize("place", [0, 31, 299])
+def test_topk_of_many_rows_reports_nan(place):
+    scores = torch.stack([rows_of("random", 300, seed) for seed in range(3)])
+    scores[1, place] = float("nan")
+    for k in (16, 400):
+        out, counts, bad = torch.empty(3, k, dtype=torch.int32, device=DEV), ints([0] * 3), ints([0])
+        topk_rows(scores, ints([300] * 3), k, out, counts, bad)
+        assert int(bad) == 1
+        assert torch.equal(out[0], ref.topk(scores[:1], ints([300]), k)[0][0])  # other rows have their sets
 
 
 def test_topk_of_nothing():

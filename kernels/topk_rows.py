@@ -1,0 +1,174 @@
+"""Exact top-k of many long rows, as in a prefill: topk.py's sets, from kernels that read the scores as rarely as can be.
+
+1. `_limits`: a row's bound, as in topk.py: the k-th largest of its folded group maxima, found once a row. Who has made the scores may
+   have made the maxima too; else this kernel reads the scores for them.
+2. `_flag`: of 32 neighbouring scores one word says which are above the bound, one which equal it. The only pass over all scores.
+3. `_pick`: one program a row goes through its words. With fewer than k above the bound, the bound is the k-th score and the words are
+   the answer; otherwise the scores above it (about 1.4 k on random rows) are fetched, and the k-th is searched among them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from winnow.kernels.topk import LEAST, _bound, _finish, _keys, _ones, _pair
+
+ROWS, WIDTH = 64, 8192  # fewer or shorter rows leave a chip idle between three launches: topk.py
+FLAGGED = 8192  # scores of a program of `_flag`
+WORDS = 1024  # words of a step of `_pick`
+TILE = 4096  # candidates that stay in registers
+LOWEST = tl.constexpr(-2139095041)  # the key of -inf: no score is below it
+
+
+@triton.jit
+def _score_of(key):
+    """The number whose key this is."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load(scores, offs, length, VECTOR: tl.constexpr):
+    """Scores, -inf at length and past it. The mask is whole for VECTOR neighbours, or every number would be a load of its own."""
+    score = tl.load(scores + offs, mask=offs // VECTOR * VECTOR < length, other=float("-inf"))
+    return tl.where(offs < length, score, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["k"])
+def _limits(
+    scores, maxima, lengths, limits, bad, k, score_stride, maxima_stride,
+    SPAN: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, GIVEN: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """limits [row]: a key that at least k of the row's scores reach, and the largest one."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + row)
+    offs = tl.arange(0, FOLD)
+    if GIVEN:
+        groups = (length + SPAN - 1) // SPAN * (SPAN // GROUP)
+        best = tl.full([FOLD], -2147483648, tl.int32)
+        for base in range(0, groups, FOLD):
+            at = maxima + row * maxima_stride + base + offs
+            best = tl.maximum(best, tl.load(at, mask=base + offs < groups, other=-2147483648))
+    else:
+        top = tl.full([FOLD], float("-inf"), tl.float32)
+        for base in range(0, length, 4 * FOLD):
+            for j in tl.static_range(4):
+                score = _load(scores + row * score_stride, base + j * FOLD + offs, length, VECTOR)
+                top = tl.maximum(top, score, propagate_nan=tl.PropagateNan.ALL)
+        best = _keys(top)
+    low, high = _bound(best, k)
+    tl.store(limits + 2 * row, tl.maximum(low, LOWEST))
+    tl.store(limits + 2 * row + 1, high)
+    if high == 2147483647:
+        tl.store(bad, 1)
+
+
+@triton.jit(do_not_specialize=["k"])
+def _flag(
+    scores, lengths, limits, words, k, score_stride, word_stride, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """words [row]: first those of scores above the row's bound, then, word_stride / 2 on, those of scores equal to it."""
+    row, chunk = (tl.program_id(0) // CHUNKS).to(tl.int64), tl.program_id(0) % CHUNKS
+    length = tl.load(lengths + row)
+    if (length <= k) | (chunk * CHUNK >= length):
+        return
+    low = _score_of(tl.load(limits + 2 * row))
+    word, bit = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32), tl.arange(0, 32)
+    offs = word[:, None] * 32 + bit[None, :]
+    score = _load(scores + row * score_stride, offs, length, VECTOR)
+    above = tl.sum((score > low).to(tl.int32) << bit[None, :], 1)
+    equal = tl.sum(((score == low) & (offs < length)).to(tl.int32) << bit[None, :], 1)
+    to = words + row * word_stride + word
+    tl.store(to, above)
+    tl.store(to + word_stride // 2, equal)
+
+
+@triton.jit(do_not_specialize=["k"])
+def _pick(
+    scores, lengths, limits, words, pairs, out, counts, k, score_stride, word_stride, pair_stride, out_stride,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, K_BLOCK: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + row)
+    target = out + row * out_stride
+    tl.store(counts + row, tl.maximum(tl.minimum(length, k), 0))
+    if length <= k:  # nothing to choose
+        for base in range(0, k, K_BLOCK):
+            slot = base + tl.arange(0, K_BLOCK)
+            tl.store(target + slot, tl.where(slot < length, slot, -1), mask=slot < k)
+        return
+    scores += row * score_stride
+    words += row * word_stride
+    pairs += row * pair_stride
+    num, offs = (length + 31) // 32, tl.arange(0, BLOCK)
+    ones = tl.zeros([BLOCK], tl.int32)
+    for base in range(0, num, BLOCK):
+        ones += _ones(tl.load(words + base + offs, mask=base + offs < num, other=0), SOFT)
+    total = tl.sum(ones, 0)
+    ties = tl.maximum(k - total, 0)  # so many of those equal to the bound
+    search = tl.full([BLOCK], 0, tl.int32) + total > k
+    done, same = 0, 0
+    for base in range(0, num, BLOCK):
+        there = base + offs < num
+        above = tl.load(words + base + offs, mask=there, other=0)
+        equal = tl.load(
+            words + word_stride // 2 + base + offs, mask=base + offs < tl.where(same < ties, num, 0), other=0
+        )
+        mine, alike = _ones(above, SOFT), _ones(equal, SOFT)
+        both = mine.to(tl.int64) | (alike.to(tl.int64) << 32)
+        ends = tl.cumsum(both, 0)
+        rank, tie = done + ((ends - both) & 0xFFFFFFFF).to(tl.int32), same + ((ends - both) >> 32).to(tl.int32)
+        left = above | equal
+        for _ in range(tl.max(_ones(left, SOFT), 0)):  # the lowest bit of every word at once
+            bit = left & -left
+            pos = (base + offs) * 32 + _ones(bit - 1, SOFT)
+            live, tied = left != 0, (equal & bit) != 0
+            kept = live & ((tie < ties) | ~tied)
+            place = rank + tl.minimum(tie, ties)
+            key = _keys(tl.load(scores + pos, mask=kept & search, other=0.0))
+            tl.store(pairs + place, _pair(key, pos), mask=kept & search)
+            tl.store(target + place, pos, mask=kept & ~search)
+            rank += (live & ~tied).to(tl.int32)
+            tie += tied.to(tl.int32)
+            left = left & (left - 1)
+        both = tl.sum(both, 0)
+        done += (both & 0xFFFFFFFF).to(tl.int32)
+        same += (both >> 32).to(tl.int32)
+    if total > k:  # the pairs are those of the scores above the bound, in order
+        tl.debug_barrier()
+        slot = tl.arange(0, TILE)
+        first = tl.load(pairs + slot, mask=slot < total, other=LEAST, cache_modifier=".cg")
+        low, high = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
+        _finish(first, pairs, total, low, high, target, k, TILE, SOFT)
+
+
+def suits(rows: int, width: int) -> bool:
+    return rows >= ROWS and width > WIDTH
+
+
+def topk_rows(scores, lengths, k, out, counts, bad, maxima=None, span=1, group=1):
+    """As `topk.topk` without its checks: out int32 [rows, k] and counts int32 [rows] are filled, bad int32 [1] is 1 after a NaN.
+
+    maxima int32 [rows, >= ceil(width / span) * span / group]: the largest key of every group of `group` scores below a row's length, of
+    spans that begin below it; None: found here. Scratch: 8 bytes a score, and a sixteenth of them.
+    """
+    rows, width = scores.shape
+    device = scores.device
+    chunks = triton.cdiv(width, FLAGGED)
+    limits = torch.empty(rows, 2, dtype=torch.int32, device=device)
+    words = torch.empty(rows, 2 * chunks * (FLAGGED // 32), dtype=torch.int32, device=device)
+    pairs = torch.empty(rows, width, dtype=torch.int64, device=device)
+    vector = 4 if width % 4 == 0 and scores.stride(0) % 4 == 0 else 1
+    soft = device.type == "cpu"
+    _limits[(rows,)](
+        scores, maxima, lengths, limits, bad, k, scores.stride(0), 0 if maxima is None else maxima.stride(0),
+        SPAN=span, GROUP=group, FOLD=max(1024, 2 * triton.next_power_of_2(k)), GIVEN=maxima is not None, VECTOR=vector,
+        num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+    _flag[(rows * chunks,)](
+        scores, lengths, limits, words, k, scores.stride(0), words.stride(0), CHUNKS=chunks, CHUNK=FLAGGED, VECTOR=vector,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    _pick[(rows,)](
+        scores, lengths, limits, words, pairs, out, counts, k, scores.stride(0), words.stride(0), pairs.stride(0), out.stride(0),
+        BLOCK=WORDS, TILE=TILE, K_BLOCK=min(2048, triton.next_power_of_2(k)), SOFT=soft, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
