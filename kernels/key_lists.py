@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from winnow.kernels.list_kernels import _choose, _fill, _mark, _members, _union
 from winnow.kernels.packing import on_host
 from winnow.kernels.segments import key_order
 from winnow.kernels.selection import Selection
 
 UNIT = 64  # lists are padded to multiples of this, unless asked otherwise
-BITMAP_BYTES = 1 << 27  # of one piece
+BITMAP_BYTES = 1 << 28  # of one piece
 WHOLE = 512  # tokens of a context whose keys are all listed: the tiles that this adds cost less than the launches that it saves
 ROOMY = 3 << 20  # entries that a piece may have room for beyond what its lists need
 
@@ -65,7 +65,8 @@ class Lists:
     room begins; stops int32 [end - begin]: where its list ends, a multiple of the unit after its beginning; bits int32 [entries / 32,
     size]: bit j of word [e, i] says whether query i of the block selected entry 32 e + j, and means nothing at a stop or past it. bits is
     None where every query takes every listed key up to itself. ends: offsets on the host. shared: what is made of the layout for every layer
-    that asks; None where the lists lie end to end, each piece its own way. fixed: keys too depend on nothing but the blocks.
+    that asks; None where the lists lie end to end, each piece its own way. fixed: keys too depend on nothing but the blocks; a list is
+    every position from its sequence's first on. keys is empty then where they were not asked for.
     """
 
     blocks: Blocks
@@ -162,125 +163,24 @@ def _query_blocks(bounds: tuple[int, ...], size: int, device: str, keys: tuple[t
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_row"])
-def _mark(
-    indices, row_origin, bitmap, first_row, index_stride, words,
-    K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One bit a selected position: bitmap int32 [rows, words]. The order of arrival does not matter to an OR."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pos = tl.load(indices + (first_row + row) * index_stride + slot, mask=slot < K, other=-1)
-    own = first_row + row - tl.load(row_origin + first_row + row)
-    inside = (pos >= 0) & (pos <= own)
-    tl.atomic_or(bitmap + row * words + (pos >> 5), 1 << (pos & 31), mask=inside, sem="relaxed")
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit(do_not_specialize=["begin"], do_not_specialize_on_alignment=["stops"])
-def _choose(
-    indices, first, rows, row_origin, offsets, stops, bits, begin, index_stride,
-    K: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """The bits of one query of a block whose list holds every position from its sequence's first on."""
-    block, query = tl.program_id(0) // SIZE, tl.program_id(0) % SIZE
-    row = (tl.load(first + begin + block) + query).to(tl.int64)
-    limit = tl.where(query < tl.load(rows + begin + block), K, 0)  # nobody's bits are none
-    own = row - tl.load(row_origin + row, mask=limit > 0, other=0)
-    start, stop = tl.load(offsets + block), tl.load(stops + block)
-    offs_k, offs_w = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
-    for w in range(0, (stop - start) // 32, BLOCK_W):
-        word = tl.zeros([BLOCK_W], tl.int32)
-        for slot in range(0, K, BLOCK_K):
-            pos = tl.load(indices + row * index_stride + slot + offs_k, mask=slot + offs_k < limit, other=-1)
-            inside = (pos >= 0) & (pos <= own)
-            here = inside[:, None] & ((pos >> 5)[:, None] == (w + offs_w)[None, :])
-            word |= tl.reduce(tl.where(here, 1 << (pos & 31)[:, None], 0), 0, _either)
-        at = bits + (start // 32 + w + offs_w) * SIZE + query
-        tl.store(at, word, mask=w + offs_w < (stop - start) // 32)
-
-
-@triton.jit
-def _count_bits(x):
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
-
-
-@triton.jit(do_not_specialize=["begin", "first_row"])
-def _union(bitmap, first, rows, union, counts, begin, first_row, words, SIZE: tl.constexpr, BLOCK_W: tl.constexpr):
-    """OR of the block's rows: union int32 [blocks, words]; counts int32 [blocks]: bits in it."""
-    block = tl.program_id(0)
-    row = tl.load(first + begin + block) - first_row
-    num = tl.load(rows + begin + block)
-    offs_w, offs_q = tl.arange(0, BLOCK_W), tl.arange(0, SIZE)
-    total = tl.zeros([BLOCK_W], tl.int32)
-    base = bitmap + (row + offs_q).to(tl.int64)[:, None] * words
-    for w in range(0, words, BLOCK_W):
-        mask = (offs_q < num)[:, None] & ((w + offs_w) < words)[None, :]
-        word = tl.reduce(tl.load(base + (w + offs_w)[None, :], mask=mask, other=0), 0, _either)
-        tl.store(union + block.to(tl.int64) * words + w + offs_w, word, mask=(w + offs_w) < words)
-        total += _count_bits(word)
-    tl.store(counts + block, tl.sum(total, 0))
-
-
-@triton.jit(do_not_specialize=["begin", "first_row"], do_not_specialize_on_alignment=["stops"])
-def _fill(
-    bitmap, union, first, rows, origin, offsets, stops, keys, bits, begin, first_row, words,
-    SIZE: tl.constexpr, BLOCK_W: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Positions of the union's bits, then each query's bit at every listed key."""
-    block = tl.program_id(0)
-    row = tl.load(first + begin + block) - first_row
-    num, base_key = tl.load(rows + begin + block), tl.load(origin + begin + block)
-    start, stop = tl.load(offsets + block), tl.load(stops + block)
-    offs_w, bit = tl.arange(0, BLOCK_W), tl.arange(0, 32)
-    at = start
-    for w in range(0, words, BLOCK_W):
-        word = tl.load(union + block.to(tl.int64) * words + w + offs_w, mask=(w + offs_w) < words, other=0)
-        there = (word[:, None] >> bit[None, :]) & 1
-        inner = tl.cumsum(there, 1)
-        sums = _count_bits(word)
-        place = at + (tl.cumsum(sums, 0) - sums)[:, None] + inner - 1
-        tl.store(keys + place, base_key + (w + offs_w)[:, None] * 32 + bit[None, :], mask=there != 0)
-        at += tl.sum(sums, 0)
-    tail = at + tl.arange(0, UNIT)
-    tl.store(keys + tail, tl.full([UNIT], -1, tl.int32), mask=tail < stop)
-    tl.debug_barrier()
-    offs_q = tl.arange(0, SIZE)
-    base = bitmap + (row + offs_q).to(tl.int64)[:, None] * words
-    for e in range(start, stop, 32):
-        key = tl.load(keys + e + bit, cache_modifier=".cg")
-        pos = tl.where(key >= 0, key - base_key, 0)
-        mask = (offs_q < num)[:, None] & (key >= 0)[None, :]
-        word = tl.load(base + (pos >> 5)[None, :], mask=mask, other=0)
-        mine = ((word >> (pos & 31)[None, :]) & 1) << bit[None, :]
-        tl.store(bits + e // 32 * SIZE + offs_q, tl.sum(mine, 1))
-
-
 def key_lists(
     blocks: Blocks, selection: Selection | None, begin: int = 0, end: int | None = None, bitmap_bytes: int = BITMAP_BYTES,
-    unit: int = UNIT,
+    unit: int = UNIT, bare: bool = False,
 ) -> Iterator[Lists]:  # fmt: skip
     """Lists of blocks [begin, end) in pieces; selection None lists every position up to the block's last query, without bits.
 
-    Waits for the device once a piece, to learn how long the lists are, where they may be longer than `ROOMY` entries.
+    bare: lists of every position come without their keys, which a reader can count for itself. Waits for the device once a piece, to learn how long the lists are, where they may be longer than `ROOMY` entries.
     """
     end = len(blocks) if end is None else end
     if selection is not None and blocks.longest <= WHOLE and _entries(blocks, begin, end, unit) <= ROOMY:
-        yield _whole_piece(blocks, selection, begin, end, unit)
+        yield _whole_piece(blocks, selection, begin, end, unit, bare)
         return
     words = (blocks.longest + 31) // 32
     step = max(1, bitmap_bytes // max(1, words * 4 * blocks.size))
     for a in range(begin, end, step):
         b = min(end, a + step)
         yield (
-            _dense_piece(blocks, a, b, unit)
+            _dense_piece(blocks, a, b, unit, bare)
             if selection is None
             else _sparse_piece(blocks, selection, a, b, words, unit)
         )
@@ -317,16 +217,22 @@ def _packed(counts: Tensor, unit: int) -> tuple[Tensor, Tensor, list[int]]:
     return offsets, offsets[1:], ends
 
 
-def _dense_piece(blocks: Blocks, a: int, b: int, unit: int) -> Lists:
+def _dense_piece(blocks: Blocks, a: int, b: int, unit: int, bare: bool) -> Lists:
+    device = blocks.first.device
+
     def make() -> Lists:
-        device = blocks.first.device
         offsets, ends = _places(_seen(blocks, a, b), unit, device)
+        if bare:
+            return Lists(
+                blocks, a, b, torch.empty(0, dtype=torch.int32, device=device), offsets, offsets[1:], None, ends, {}
+            )
         block = torch.arange(b - a, device=device).repeat_interleave(offsets[1:] - offsets[:-1], output_size=ends[-1])
         keys = torch.arange(ends[-1], dtype=torch.int32, device=device) + (blocks.origin[a:b] - offsets[:-1])[block]
         last = (blocks.first[a:b] + blocks.rows[a:b] + blocks.shift[a:b])[block]
         return Lists(blocks, a, b, keys.masked_fill_(keys >= last, -1), offsets, offsets[1:], None, ends, {})
 
-    return _kept(blocks, (a, b, unit), make) if _entries(blocks, a, b, unit) <= ROOMY else make()
+    small = bare or _entries(blocks, a, b, unit) <= ROOMY
+    return _kept(blocks, (a, b, unit, bare), make) if small else make()
 
 
 def _entries(blocks: Blocks, a: int, b: int, unit: int) -> int:
@@ -337,10 +243,10 @@ def _entries(blocks: Blocks, a: int, b: int, unit: int) -> int:
     return entries
 
 
-def _whole_piece(blocks: Blocks, selection: Selection, a: int, b: int, unit: int) -> Lists:
-    every = _dense_piece(blocks, a, b, unit)
+def _whole_piece(blocks: Blocks, selection: Selection, a: int, b: int, unit: int, bare: bool) -> Lists:
+    every = _dense_piece(blocks, a, b, unit, bare)
     indices, words = selection.indices, -(-blocks.longest // unit) * unit // 32
-    bits = torch.empty(len(every.keys) // 32, blocks.size, dtype=torch.int32, device=indices.device)
+    bits = torch.empty(every.ends[-1] // 32, blocks.size, dtype=torch.int32, device=indices.device)
     k = indices.shape[1]
     _choose[((b - a) * blocks.size,)](
         indices, blocks.first, blocks.rows, blocks.row_origin, every.offsets, every.stops, bits, a, indices.stride(0),
@@ -378,7 +284,22 @@ def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: i
         keys = torch.empty(ends[-1], dtype=torch.int32, device=device)
     bits = torch.empty(ends[-1] // 32, blocks.size, dtype=torch.int32, device=device)
     _fill[(b - a,)](
-        bitmap, union, blocks.first, blocks.rows, blocks.origin, offsets, stops, keys, bits, a, first_row, words,
-        SIZE=blocks.size, BLOCK_W=min(32, block_w), UNIT=unit,
-    )  # fmt: skip
+        union, blocks.origin, offsets, stops, keys, a, words, BLOCK_W=min(128, block_w), UNIT=unit, num_warps=8
+    )
+    most, chunk = max(1, *(y - x for x, y in pairwise(ends))), max(unit, 512)
+    _members[(b - a, triton.cdiv(most, chunk))](
+        bitmap,
+        blocks.first,
+        blocks.rows,
+        blocks.origin,
+        offsets,
+        stops,
+        keys,
+        bits,
+        a,
+        first_row,
+        words,
+        SIZE=blocks.size,
+        CHUNK=chunk,
+    )
     return Lists(blocks, a, b, keys, offsets, stops, bits, ends, shared)

@@ -50,7 +50,7 @@ def tile_mask(
 def _forward(
     q, k, v, out, lse, keys, bits, offsets, stops, first, rows, origin, shift, begin, blocks, scale_log2,
     HKV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, DENSE: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, DENSE: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     kv, block = tl.program_id(0) % HKV, blocks - 1 - tl.program_id(0) // HKV  # the longest lists first
     row0, num, base = tl.load(first + begin + block), tl.load(rows + begin + block), tl.load(origin + begin + block)
@@ -67,7 +67,7 @@ def _forward(
     total = tl.zeros([BLOCK_Q * PACK], tl.float32)
     acc = tl.zeros([BLOCK_Q * PACK, BLOCK_D], tl.float32)
     for entry in range(start, stop, BLOCK_N):
-        if DENSE:
+        if WHOLE:
             key = base + entry - start + n
             there = key < row0 + num + move
         else:
@@ -126,7 +126,7 @@ def context_prefill(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     plan = plan_for(q, k)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    for lists in key_lists(query_blocks(cu_seqlens, plan[0], keys), selection):
+    for lists in key_lists(query_blocks(cu_seqlens, plan[0], keys), selection, bare=True):
         forward_piece(q, k, v, out, lse, lists, scale, plan)
     return out, lse
 
@@ -157,7 +157,7 @@ def forward_piece(
         q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, lists.stops, host.first, host.rows, host.origin, host.shift, lists.begin,
         blocks, scale * LOG2E,
         HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_Q=host.size, BLOCK_N=plan[1], DENSE=lists.bits is None, UPCAST=q.device.type == "cpu",
+        BLOCK_Q=host.size, BLOCK_N=plan[1], DENSE=lists.bits is None, WHOLE=lists.bits is None or lists.fixed, UPCAST=q.device.type == "cpu",
         num_warps=plan[2], num_stages=plan[3], enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -16,24 +16,28 @@ I32, BF16, FP32 = "*i32", "*bf16", "*fp32"
 
 
 def list_kernels(sm):
-    from winnow.kernels import byte_copies, key_lists, segments
+    from winnow.kernels import byte_copies, segments
+    from winnow.kernels import list_kernels as kernels
 
     yield "copy", byte_copies._copy, dict(table="*i64", pieces="i32"), {"BLOCK": 2048}, 4, 2
     yield "sums", byte_copies._sums, dict(words="*i64", columns="*i64", total="*i64", rows="i32", per="i32"), {
         "WIDTH": byte_copies.COLUMNS, "ROWS": 8}, 4, 2  # fmt: skip
-    yield "mark", key_lists._mark, dict(
+    yield "mark", kernels._mark, dict(
         indices=I32, row_origin=I32, bitmap=I32, first_row="i32", index_stride="i32", words="i32"
     ), {"K": 2048, "BLOCK": 1024}, 4, 2  # fmt: skip
     for k, words in ((32, 4), (2048, 16)):
-        yield f"choose {k}", key_lists._choose, dict(
+        yield f"choose {k}", kernels._choose, dict(
             indices=I32, first=I32, rows=I32, row_origin=I32, offsets=I32, stops=I32, bits=I32, begin="i32", index_stride="i32"
         ), {"K": k, "SIZE": 32, "BLOCK_K": min(64, k), "BLOCK_W": words}, 1, 2  # fmt: skip
-    yield "union", key_lists._union, dict(
+    yield "union", kernels._union, dict(
         bitmap=I32, first=I32, rows=I32, union=I32, counts=I32, begin="i32", first_row="i32", words="i32"
     ), {"SIZE": 32, "BLOCK_W": 128}, 4, 2  # fmt: skip
-    yield "fill", key_lists._fill, dict(
-        bitmap=I32, union=I32, first=I32, rows=I32, origin=I32, offsets=I32, stops=I32, keys=I32, bits=I32, begin="i32", first_row="i32", words="i32"
-    ), {"SIZE": 32, "BLOCK_W": 32, "UNIT": 64}, 4, 2  # fmt: skip
+    yield "fill", kernels._fill, dict(
+        union=I32, origin=I32, offsets=I32, stops=I32, keys=I32, begin="i32", words="i32"
+    ), {"BLOCK_W": 128, "UNIT": 64}, 8, 2  # fmt: skip
+    yield "members", kernels._members, dict(
+        bitmap=I32, first=I32, rows=I32, origin=I32, offsets=I32, stops=I32, keys=I32, bits=I32, begin="i32", first_row="i32", words="i32"
+    ), {"SIZE": 64, "CHUNK": 512}, 4, 2  # fmt: skip
     yield "sum_rows", segments._sum_rows, dict(parts=BF16, order="*i64", bounds=I32, out=FP32), {
         "WIDTH": 2048, "BLOCK_C": 512, "ROWS": 4, "ADD": True}, 2, 1  # fmt: skip
 
@@ -90,7 +94,7 @@ def attention_kernels(sm):
             f"forward {name}",
             sparse_prefill._forward,
             tensors | lists | {"scale_log2": "fp32"},
-            shape | {"BLOCK_N": plan[1]},
+            shape | {"BLOCK_N": plan[1], "WHOLE": dense},
             *plan[2:],
         )
         block_n, warps, stages = sparse_backward._backward_plan(plan, sm, dim)
