@@ -104,11 +104,11 @@ def _members(
     num, base_key = tl.load(rows + begin + block), tl.load(origin + begin + block)
     start, stop = tl.load(offsets + block) + tl.program_id(1) * CHUNK, tl.load(stops + block)
     offs_q, bit = tl.arange(0, SIZE), tl.arange(0, 32)
-    base = bitmap + (row + offs_q).to(tl.int64)[:, None] * words
+    base = (row + offs_q)[:, None] * words  # below 2^31: a piece's bitmap is small
     for e in range(start, tl.minimum(start + CHUNK, stop), 32):
         key = tl.load(keys + e + bit)
         pos = tl.where(key >= 0, key - base_key, 0)
         mask = (offs_q < num)[:, None] & (key >= 0)[None, :]
-        word = tl.load(base + (pos >> 5)[None, :], mask=mask, other=0)
+        word = tl.load(bitmap + (base + (pos >> 5)[None, :]), mask=mask, other=0)
         mine = ((word >> (pos & 31)[None, :]) & 1) << bit[None, :]
         tl.store(bits + e // 32 * SIZE + offs_q, tl.sum(mine, 1))

@@ -161,51 +161,18 @@ def _source(slot, found, chunks, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _write(target, pair, threshold, ties, done, TILE: tl.constexpr, SOFT: tl.constexpr):
+def _place_of(pair):
+    return (pair & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _write(target, key, place, threshold, ties, done, TILE: tl.constexpr, SOFT: tl.constexpr):
     """Append the chosen of one tile to the row's result; returns the ties still wanted and the places written."""
-    key, place = _key_of(pair), (pair & 0xFFFFFFFF).to(tl.int32)
     bigger, equal = key > threshold, key == threshold
     rank, same, num_bigger, num_equal = _ranks(bigger, equal, TILE, SOFT)
     tl.store(target + done + rank + tl.minimum(same, ties), place, mask=bigger | (equal & (same < ties)))
     taken = tl.minimum(num_equal, ties)
     return ties - taken, done + num_bigger + taken
-
-
-@triton.jit
-def _finish(pair0, listed, total, low, high, target, k, TILE: tl.constexpr, SOFT: tl.constexpr):
-    """Write the k best of a row's candidates, ascending: `total` >= k pairs in order, pair0 the first TILE and listed[TILE:] the others.
-
-    Their keys lie in [low, high]; all that are above low are among them, and of those equal to it the first k or all.
-    """
-    slot = tl.arange(0, TILE)
-    key0 = _key_of(pair0)
-    bigger = (key0 > low).to(tl.int32)
-    for base in range(TILE, total, TILE):
-        pair = tl.load(listed + base + slot, mask=base + slot < total, other=LEAST)
-        bigger += (_key_of(pair) > low).to(tl.int32)
-    high = tl.where(tl.sum(bigger, 0) < k, low, high)  # fewer than k above the bound: the bound is the k-th key
-    at_low, above_high, guess = total, 0, 1
-    while low < high:  # by turns a guess, which converges fast on smooth scores, and a quartering, which always does
-        one, two, three = _thresholds(low, high)
-        if guess > 0:
-            one, two, three = _guesses(low, high, at_low, above_high, k)
-        guess = 1 - guess
-        reach = _count(key0, one, two, three)
-        for base in range(TILE, total, TILE):
-            reach += _count(
-                _key_of(tl.load(listed + base + slot, mask=base + slot < total, other=LEAST)), one, two, three
-            )
-        low, high, at_low, above_high = _narrow(tl.sum(reach, 0), low, high, at_low, above_high, one, two, three, k, k)
-    threshold = low
-    bigger = (key0 > threshold).to(tl.int32)
-    for base in range(TILE, total, TILE):
-        bigger += (_key_of(tl.load(listed + base + slot, mask=base + slot < total, other=LEAST)) > threshold).to(
-            tl.int32
-        )
-    ties, done = _write(target, pair0, threshold, k - tl.sum(bigger, 0), 0, TILE, SOFT)
-    for base in range(TILE, total, TILE):
-        pair = tl.load(listed + base + slot, mask=base + slot < total, other=LEAST)
-        ties, done = _write(target, pair, threshold, ties, done, TILE, SOFT)
 
 
 # Two strides are kept unspecialised (wide_stride is score_stride): loads of one number a lane leave the layout that words of 32 and scattered stores want.
@@ -274,14 +241,39 @@ def _select(
     slot = tl.arange(0, TILE)
     source, total = _source(slot, found + row * CHUNKS, chunks, CHUNKS, CHUNK)
     pair0 = tl.load(pairs + source, mask=slot < total, other=LEAST, cache_modifier=".cg")
+    key0 = _key_of(pair0)
+    bigger = (key0 > low).to(tl.int32)
     for base in range(TILE, total, TILE):
         source, _ = _source(base + slot, found + row * CHUNKS, chunks, CHUNKS, CHUNK)
         there = base + slot < total
-        tl.store(
-            listed + base + slot, tl.load(pairs + source, mask=there, other=LEAST, cache_modifier=".cg"), mask=there
-        )
+        pair = tl.load(pairs + source, mask=there, other=LEAST, cache_modifier=".cg")
+        tl.store(listed + base + slot, pair, mask=there)
+        key = _key_of(pair)
+        bigger += (key > low).to(tl.int32)
     tl.debug_barrier()
-    _finish(pair0, listed, total, low, high, target, k, TILE, SOFT)
+    high = tl.where(tl.sum(bigger, 0) < k, low, high)  # fewer than k above the bound: the bound is the k-th key
+    at_low, above_high, guess = total, 0, 1
+    while low < high:  # by turns a guess, which converges fast on smooth scores, and a quartering, which always does
+        one, two, three = _thresholds(low, high)
+        if guess > 0:
+            one, two, three = _guesses(low, high, at_low, above_high, k)
+        guess = 1 - guess
+        reach = _count(key0, one, two, three)
+        for base in range(TILE, total, TILE):
+            reach += _count(
+                _key_of(tl.load(listed + base + slot, mask=base + slot < total, other=LEAST)), one, two, three
+            )
+        low, high, at_low, above_high = _narrow(tl.sum(reach, 0), low, high, at_low, above_high, one, two, three, k, k)
+    threshold = low
+    bigger = (key0 > threshold).to(tl.int32)
+    for base in range(TILE, total, TILE):
+        bigger += (_key_of(tl.load(listed + base + slot, mask=base + slot < total, other=LEAST)) > threshold).to(
+            tl.int32
+        )
+    ties, done = _write(target, key0, _place_of(pair0), threshold, k - tl.sum(bigger, 0), 0, TILE, SOFT)
+    for base in range(TILE, total, TILE):
+        pair = tl.load(listed + base + slot, mask=base + slot < total, other=LEAST)
+        ties, done = _write(target, _key_of(pair), _place_of(pair), threshold, ties, done, TILE, SOFT)
     tl.store(counts + row, k)
 
 

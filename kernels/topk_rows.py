@@ -11,12 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from winnow.kernels.topk import LEAST, _bound, _finish, _keys, _ones, _pair
+from winnow.kernels.topk import _bound, _guesses, _keys, _narrow, _ones, _thresholds, _write
 
 ROWS, WIDTH = 64, 8192  # fewer or shorter rows leave a chip idle between three launches: topk.py
-FLAGGED = 8192  # scores of a program of `_flag`
-WORDS = 1024  # words of a step of `_pick`
-TILE = 4096  # candidates that stay in registers
+FLAGGED = 4096  # scores of a program of `_flag`
+WORDS = 512  # words of a step of `_pick`
+TILE = 4096  # candidates whose keys stay in registers
+STEP = 1024  # candidates of a step where they do not
+WARPS = 4  # of a program of `_pick`
 LOWEST = tl.constexpr(-2139095041)  # the key of -inf: no score is below it
 
 
@@ -82,10 +84,47 @@ def _flag(
     tl.store(to + word_stride // 2, equal)
 
 
+@triton.jit
+def _reach(key, one, two, three, SIZE: tl.constexpr):
+    """As `topk._count`, with eight keys of a thread in one int32 first: int64 [SIZE / 8]."""
+    reach = (key >= one).to(tl.int32) + ((key >= two).to(tl.int32) << 10) + ((key >= three).to(tl.int32) << 20)
+    reach = tl.sum(tl.reshape(reach, [8, SIZE // 8]), 0)
+    wide = (reach & 0x3FF).to(tl.int64)
+    return wide + (((reach >> 10) & 0x3FF).to(tl.int64) << 21) + ((reach >> 20).to(tl.int64) << 42)
+
+
+@triton.jit
+def _some(numbers, base, total, other, SIZE: tl.constexpr):
+    """numbers[base : base + SIZE], `other` from total on. The mask is whole for neighbours, as in `_load`."""
+    slot = base + tl.arange(0, SIZE)
+    number = tl.load(numbers + slot, mask=slot // 4 * 4 < total, other=0)
+    return tl.where(slot < total, number, other)
+
+
+@triton.jit
+def _kth(keys, total, low, high, k, TILE: tl.constexpr, STEP: tl.constexpr):
+    """The k-th largest of `total` > k keys in (low, high], and how many are larger."""
+    key0 = _some(keys, 0, total, -2147483648, TILE)
+    at_low, above_high, guess = total, 0, 1
+    while low < high:  # as in `topk._select`
+        one, two, three = _thresholds(low, high)
+        if guess > 0:
+            one, two, three = _guesses(low, high, at_low, above_high, k)
+        guess = 1 - guess
+        found = tl.sum(_reach(key0, one, two, three, TILE), 0)
+        for base in range(TILE, total, STEP):
+            found += tl.sum(_reach(_some(keys, base, total, -2147483648, STEP), one, two, three, STEP), 0)
+        low, high, at_low, above_high = _narrow(found, low, high, at_low, above_high, one, two, three, k, k)
+    bigger = tl.sum((key0 > low).to(tl.int32), 0)
+    for base in range(TILE, total, STEP):
+        bigger += tl.sum((_some(keys, base, total, -2147483648, STEP) > low).to(tl.int32), 0)
+    return low, bigger
+
+
 @triton.jit(do_not_specialize=["k"])
 def _pick(
-    scores, lengths, limits, words, pairs, out, counts, k, score_stride, word_stride, pair_stride, out_stride,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, K_BLOCK: tl.constexpr, SOFT: tl.constexpr,
+    scores, lengths, limits, words, places, keys, out, counts, k, score_stride, word_stride, place_stride, out_stride,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, K_BLOCK: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row)
@@ -98,47 +137,51 @@ def _pick(
         return
     scores += row * score_stride
     words += row * word_stride
-    pairs += row * pair_stride
+    places += row * place_stride
+    keys += row * place_stride
     num, offs = (length + 31) // 32, tl.arange(0, BLOCK)
     ones = tl.zeros([BLOCK], tl.int32)
     for base in range(0, num, BLOCK):
         ones += _ones(tl.load(words + base + offs, mask=base + offs < num, other=0), SOFT)
     total = tl.sum(ones, 0)
     ties = tl.maximum(k - total, 0)  # so many of those equal to the bound
-    search = tl.full([BLOCK], 0, tl.int32) + total > k
+    to = target if total <= k else places
     done, same = 0, 0
-    for base in range(0, num, BLOCK):
+    for base in range(0, num, BLOCK):  # bits become places; nothing is waited for here
         there = base + offs < num
         above = tl.load(words + base + offs, mask=there, other=0)
         equal = tl.load(
             words + word_stride // 2 + base + offs, mask=base + offs < tl.where(same < ties, num, 0), other=0
         )
-        mine, alike = _ones(above, SOFT), _ones(equal, SOFT)
-        both = mine.to(tl.int64) | (alike.to(tl.int64) << 32)
+        both = _ones(above, SOFT).to(tl.int64) | (_ones(equal, SOFT).to(tl.int64) << 32)
         ends = tl.cumsum(both, 0)
         rank, tie = done + ((ends - both) & 0xFFFFFFFF).to(tl.int32), same + ((ends - both) >> 32).to(tl.int32)
         left = above | equal
         for _ in range(tl.max(_ones(left, SOFT), 0)):  # the lowest bit of every word at once
             bit = left & -left
-            pos = (base + offs) * 32 + _ones(bit - 1, SOFT)
             live, tied = left != 0, (equal & bit) != 0
-            kept = live & ((tie < ties) | ~tied)
-            place = rank + tl.minimum(tie, ties)
-            key = _keys(tl.load(scores + pos, mask=kept & search, other=0.0))
-            tl.store(pairs + place, _pair(key, pos), mask=kept & search)
-            tl.store(target + place, pos, mask=kept & ~search)
+            pos = (base + offs) * 32 + _ones(bit - 1, SOFT)
+            tl.store(to + rank + tl.minimum(tie, ties), pos, mask=live & ((tie < ties) | ~tied))
             rank += (live & ~tied).to(tl.int32)
             tie += tied.to(tl.int32)
             left = left & (left - 1)
         both = tl.sum(both, 0)
         done += (both & 0xFFFFFFFF).to(tl.int32)
         same += (both >> 32).to(tl.int32)
-    if total > k:  # the pairs are those of the scores above the bound, in order
-        tl.debug_barrier()
-        slot = tl.arange(0, TILE)
-        first = tl.load(pairs + slot, mask=slot < total, other=LEAST, cache_modifier=".cg")
-        low, high = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
-        _finish(first, pairs, total, low, high, target, k, TILE, SOFT)
+    if total <= k:
+        return
+    tl.debug_barrier()
+    for base in range(0, total, STEP):
+        slot = base + tl.arange(0, STEP)
+        key = _keys(tl.load(scores + _some(places, base, total, 0, STEP)))
+        tl.store(keys + slot, key, mask=slot < total)
+    tl.debug_barrier()
+    low, high = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
+    threshold, bigger = _kth(keys, total, low, high, k, TILE, STEP)
+    ties, done = k - bigger, 0
+    for base in range(0, total, STEP):
+        key, place = _some(keys, base, total, -2147483648, STEP), _some(places, base, total, 0, STEP)
+        ties, done = _write(target, key, place, threshold, ties, done, STEP, SOFT)
 
 
 def suits(rows: int, width: int) -> bool:
@@ -156,7 +199,8 @@ def topk_rows(scores, lengths, k, out, counts, bad, maxima=None, span=1, group=1
     chunks = triton.cdiv(width, FLAGGED)
     limits = torch.empty(rows, 2, dtype=torch.int32, device=device)
     words = torch.empty(rows, 2 * chunks * (FLAGGED // 32), dtype=torch.int32, device=device)
-    pairs = torch.empty(rows, width, dtype=torch.int64, device=device)
+    stride = (width + 3) // 4 * 4
+    found = torch.empty(2, rows, stride, dtype=torch.int32, device=device)  # places and keys of candidates
     vector = 4 if width % 4 == 0 and scores.stride(0) % 4 == 0 else 1
     soft = device.type == "cpu"
     _limits[(rows,)](
@@ -169,6 +213,6 @@ def topk_rows(scores, lengths, k, out, counts, bad, maxima=None, span=1, group=1
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     _pick[(rows,)](
-        scores, lengths, limits, words, pairs, out, counts, k, scores.stride(0), words.stride(0), pairs.stride(0), out.stride(0),
-        BLOCK=WORDS, TILE=TILE, K_BLOCK=min(2048, triton.next_power_of_2(k)), SOFT=soft, num_warps=8, enable_fp_fusion=True,
+        scores, lengths, limits, words, *found, out, counts, k, scores.stride(0), words.stride(0), stride, out.stride(0),
+        BLOCK=WORDS, TILE=TILE, STEP=STEP, K_BLOCK=min(2048, triton.next_power_of_2(k)), SOFT=soft, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip

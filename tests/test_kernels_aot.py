@@ -180,8 +180,8 @@ def kernels(sm):
     yield "topk rows flag", topk_rows._flag, row | dict(words=i32, word_stride="i32"), {
         "CHUNKS": 16, "CHUNK": topk_rows.FLAGGED, "VECTOR": 4}, 4, 1  # fmt: skip
     yield "topk rows pick", topk_rows._pick, row | dict(
-        words=i32, pairs="*i64", out=i32, counts=i32, word_stride="i32", pair_stride="i32", out_stride="i32",
-    ), {"BLOCK": topk_rows.WORDS, "TILE": topk_rows.TILE, "K_BLOCK": 2048, "SOFT": False}, 8, 1  # fmt: skip
+        words=i32, places=i32, keys=i32, out=i32, counts=i32, word_stride="i32", place_stride="i32", out_stride="i32",
+    ), {"BLOCK": topk_rows.WORDS, "TILE": topk_rows.TILE, "STEP": topk_rows.STEP, "K_BLOCK": 2048, "SOFT": False}, 8, 1  # fmt: skip
     for dtype, heads, dim, width in (("*bf16", 4, 32, 128), ("*fp32", 16, 64, 1024)):
         yield f"select short {dtype} {width}", select_short._select_short, dict(
             q=dtype, cache=dtype, w="*fp32", table=i32, owner=i32, ends=i32, scores="*fp32", bad=i32, out=i32, counts=i32, k="i32",
