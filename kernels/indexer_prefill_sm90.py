@@ -73,13 +73,14 @@ def _add_heads(dots, weight, ROWS: gl.constexpr, SHARE: gl.constexpr, H: gl.cons
     part = gl.fma(x1, _beside(w1, x1), x0 * _beside(w0, x0))
     if H == 16:
         part = gl.fma(x3, _beside(w3, x3), gl.fma(x2, _beside(w2, x2), part))
-    else:
-        part += 0.0  # minus zero becomes zero
     if H >= 8:
         a, b = gl.split(gl.permute(gl.reshape(part, [ROWS, 4, SHARE, 2, 2]), (0, 1, 2, 4, 3)))
         part = a + b
     a, b = gl.split(part)
-    return a + b
+    score = a + b
+    if H < 16:
+        score += 0.0  # the zeros of heads up to 16, which the other kernels add, make plus zero of minus zero
+    return score
 
 
 @gluon.jit
@@ -109,7 +110,8 @@ def _prefill_sm90(
 
     # Row r of a product, warp by warp 16 of 64 rows, is the key that makes a lane's rows neighbours.
     key_tile = gl.allocate_shared_memory(gl.bfloat16, [SPAN, D], TILE)
-    tiles = gl.allocate_shared_memory(gl.bfloat16, [2, COLUMNS, D], TILE)
+    even = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, D], TILE)
+    odd = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, D], TILE)
     r = gl.arange(0, SPAN, layout=gl.SliceLayout(1, COPY))
     at = start + r // 16 % WARPS * 64 + r // 8 % 2 * 32 + r % 8 * 4 + r // (16 * WARPS)
     page = gl.load(table + at // PAGE, mask=at < keys, other=0).to(gl.int64)
@@ -122,57 +124,67 @@ def _prefill_sm90(
     term = c // 8 * 2 + c % 2
     query = term // H * 4 + c % 8 // 2
     at_query = gl.expand_dims((query * H + term % H) * D, 1) + d
-    _copy(tiles.index(0), q + first.to(gl.int64) * (H * D) + at_query, mask=gl.expand_dims(first + query < last, 1))
+    q += first.to(gl.int64) * (H * D)
+    _copy(even, q + at_query, mask=gl.expand_dims(first + query < last, 1))
     async_copy.commit_group()
 
-    mine = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, WEIGHT)), 1)
     term = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, WEIGHT)), 0)
-    at_weight = (term // H * 4 + mine) * H + term % H
-    row_w = term // H * 4 + mine
+    query_w = term // H * 4 + gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, WEIGHT)), 1)
+    at_weight = query_w * H + term % H
     rows = gl.arange(0, TOGETHER, layout=gl.SliceLayout(1, STORE))
-    pos = start + gl.arange(0, SPAN, layout=gl.SliceLayout(0, STORE))
+    pos = gl.arange(0, SPAN, layout=gl.SliceLayout(0, STORE))
     at_out = gl.expand_dims(rows.to(gl.int64) * out_stride, 1) + gl.expand_dims(pos, 0)
     rows_b = gl.arange(0, TOGETHER, layout=gl.SliceLayout(1, BEST))
     group = gl.arange(0, 8 * WARPS, layout=gl.SliceLayout(0, BEST))
-    lead = start + group // 8 * 64 + group % 8 * 4  # the first key of a group
-    steps = (last - first + TOGETHER - 1) // TOGETHER
-    for i in range(0, steps):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        _barrier()  # the tile is there for all warps, and all have done with the other one
-        row = first + i * TOGETHER
-        dots = warpgroup_mma(
-            key_tile, tiles.index(i % 2).permute((1, 0)), gl.zeros([SPAN, COLUMNS], gl.float32, layout=ACC), use_acc=False, is_async=True
-        )  # fmt: skip
-        weight = gl.load(w + row.to(gl.int64) * H + at_weight, mask=row + row_w < last, other=0.0)
-        ahead = row + TOGETHER
-        _copy(
-            tiles.index((i + 1) % 2), q + ahead.to(gl.int64) * (H * D) + at_query, mask=gl.expand_dims(ahead + query < last, 1)
-        )  # fmt: skip
-        async_copy.commit_group()
-        dots = warpgroup_mma_wait(0, deps=[dots])
-        score = _add_heads(dots, weight, SPAN, SHARE, H)
-        score = gl.permute(gl.reshape(score, [4, WARPS, 2, 8, 4, SHARE]), (5, 4, 1, 2, 3, 0))
-        score = gl.convert_layout(gl.reshape(score, [TOGETHER, SPAN]), STORE, assert_trivial=False)
-        to = out + row.to(gl.int64) * out_stride + at_out
-        inside = gl.expand_dims(row + rows < last, 1)
-        if whole:
-            gl.store(to, score, mask=inside)
-        else:
-            gl.store(to, score, mask=inside & gl.expand_dims(pos < keys, 0))
-        if MAXIMA:
-            best = _maxima(score, TOGETHER, WARPS, BEST)
-            if not seen:
-                sight, sight_b = gl.full_like(rows, 0) + keys, gl.full_like(rows_b, 0) + keys
-                if ENDS:
-                    sight = gl.minimum(sight, gl.load(ends + row + rows, mask=row + rows < last, other=0))
-                    sight_b = gl.minimum(sight_b, gl.load(ends + row + rows_b, mask=row + rows_b < last, other=0))
-                some = gl.expand_dims(lead, 0) < gl.expand_dims(sight_b, 1)
-                visible = gl.where(gl.expand_dims(pos, 0) < gl.expand_dims(sight, 1), score, float("-inf"))
-                best = gl.where(some, _maxima(visible, TOGETHER, WARPS, BEST), LEAST)
-            to_best = maxima + row.to(gl.int64) * maxima_stride + start // GROUP
-            at_best = gl.expand_dims(rows_b.to(gl.int64) * maxima_stride, 1) + gl.expand_dims(group, 0)
-            gl.store(to_best + at_best, best, mask=gl.expand_dims(row + rows_b < last, 1))
+    at_best = gl.expand_dims(rows_b.to(gl.int64) * maxima_stride, 1) + gl.expand_dims(group, 0)
+    w += first.to(gl.int64) * H
+    out += first.to(gl.int64) * out_stride + start
+    if MAXIMA:
+        maxima += first.to(gl.int64) * maxima_stride + start // GROUP
+    for pair in range(first, last, 2 * TOGETHER):
+        for half in gl.static_range(2):
+            row = pair + half * TOGETHER  # past the last one nothing is read or written
+            async_copy.wait_group(0)
+            fence_async_shared()
+            _barrier()  # the tile is there for all warps, and all have done with the other one
+            zeros = gl.zeros([SPAN, COLUMNS], gl.float32, layout=ACC)
+            if half == 0:
+                dots = warpgroup_mma(key_tile, even.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            else:
+                dots = warpgroup_mma(key_tile, odd.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            weight = gl.load(w + at_weight, mask=row + query_w < last)
+            q += TOGETHER * H * D
+            w += TOGETHER * H
+            ahead = gl.expand_dims(row + TOGETHER + query < last, 1)
+            if half == 0:
+                _copy(odd, q + at_query, mask=ahead)
+            else:
+                _copy(even, q + at_query, mask=ahead)
+            async_copy.commit_group()
+            dots = warpgroup_mma_wait(0, deps=[dots])
+            score = _add_heads(dots, weight, SPAN, SHARE, H)
+            score = gl.permute(gl.reshape(score, [4, WARPS, 2, 8, 4, SHARE]), (5, 4, 1, 2, 3, 0))
+            score = gl.convert_layout(gl.reshape(score, [TOGETHER, SPAN]), STORE)
+            inside = gl.expand_dims(row + rows < last, 1)
+            if whole:
+                gl.store(out + at_out, score, mask=inside)
+            else:
+                gl.store(out + at_out, score, mask=inside & gl.expand_dims(start + pos < keys, 0))
+            out += TOGETHER * out_stride.to(gl.int64)
+            if MAXIMA:
+                best = _maxima(score, TOGETHER, WARPS, BEST)
+                if not seen:
+                    sight, sight_b = gl.full_like(rows, 0) + keys, gl.full_like(rows_b, 0) + keys
+                    if ENDS:
+                        sight = gl.minimum(sight, gl.load(ends + row + rows, mask=row + rows < last, other=0))
+                        sight_b = gl.minimum(sight_b, gl.load(ends + row + rows_b, mask=row + rows_b < last, other=0))
+                    visible = gl.expand_dims(start + pos, 0) < gl.expand_dims(sight, 1)
+                    lead = start + group // 8 * 64 + group % 8 * 4  # the first key of a group
+                    some = gl.expand_dims(lead, 0) < gl.expand_dims(sight_b, 1)
+                    best = _maxima(gl.where(visible, score, float("-inf")), TOGETHER, WARPS, BEST)
+                    best = gl.where(some, best, LEAST)
+                gl.store(maxima + at_best, best, mask=gl.expand_dims(row + rows_b < last, 1))
+                maxima += TOGETHER * maxima_stride.to(gl.int64)
     async_copy.wait_group(0)
 
 
