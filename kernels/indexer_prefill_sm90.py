@@ -1,4 +1,4 @@
-"""Indexer scores of a prefill on SM90 (Gluon) for 4, 8 or 16 heads in bf16: the bits of indexer_logits.py at twice its speed.
+"""Indexer scores of a prefill on SM90 (Gluon) for 4, 8 or 16 heads in bf16: the bits of indexer_logits.py.
 
     step i      copy of queries i+1 starts | products of all keys with queries i | relu, weights, sum over heads, stores
 
