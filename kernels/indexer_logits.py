@@ -1,18 +1,22 @@
 """Lightning-indexer scores I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s]) over a paged key cache: decode and prefill.
 
 Keys are the rows of the product and index heads its columns, so the sum over heads stays inside a thread quad and its order
-is the same in both kernels: prefill and decode give equal bits for equal inputs. Caches: bf16 [pages, page, D] (fp32 on a
+is the same in all kernels: prefill and decode give equal bits for equal inputs. Caches: bf16 [pages, page, D] (fp32 on a
 CPU) or uint8 [pages, page * (D + 4)], a page's e4m3 values first and then its fp32 scales.
-Decode can also write the largest key of every few scores, from which topk.py chooses without another pass.
+Both can also write the largest key of every few scores, from which topk.py chooses without another pass. Prefills with up to 16
+heads in bf16 have a kernel of their own on SM90 (indexer_prefill_sm90.py).
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from winnow.kernels.topk import _keys
+
 GROUPED = (
     4  # queries in one product where a query has 16 heads: 285 TF on an H200, one by one 214, with equal bits (8: 226)
 )
+GROUP = 8  # keys of one of a prefill's maxima
 
 
 @triton.jit
@@ -82,6 +86,35 @@ def _load_query(
 
 
 @triton.jit
+def _add_heads(dots, weight, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr, BLOCK_H: tl.constexpr):
+    """relu(dots [N, QUERIES * BLOCK_H]) times weight [QUERIES * BLOCK_H], summed over the heads of every query: [N, QUERIES].
+
+    With 16 heads the order is spelt out, for compilers differ and indexer_prefill_sm90.py has a query's heads in one lane: heads 2u,
+    2u + 1, 8 + 2u and 9 + 2u (what lane u of a quad holds) are added up one by one, then the four sums, first those two apart.
+    """
+    dots = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if BLOCK_H == 16:
+        x0, x1, x2, x3 = _by_lane(dots, BLOCK_N, QUERIES)
+        w0, w1, w2, w3 = _by_lane(weight, 1, QUERIES)
+        part = tl.fma(x1, tl.broadcast_to(w1, x1.shape), x0 * w0)
+        part = tl.fma(x2, tl.broadcast_to(w2, x2.shape), part)
+        part = tl.fma(x3, tl.broadcast_to(w3, x3.shape), part)
+        score = tl.sum(tl.sum(tl.reshape(part, [BLOCK_N, QUERIES, 2, 2]), 2), 2)
+    else:
+        score = tl.sum(tl.reshape(dots * weight[None, :], [BLOCK_N, QUERIES, BLOCK_H]), 2)
+    return score
+
+
+@triton.jit
+def _by_lane(x, ROWS: tl.constexpr, QUERIES: tl.constexpr):
+    """Columns (query, head of 16) -> heads 2u, 2u + 1, 8 + 2u, 9 + 2u, each [ROWS, QUERIES, u]: no lane gives anything to another."""
+    even, odd = tl.split(tl.permute(tl.reshape(x, [ROWS, QUERIES, 2, 4, 2]), [0, 1, 3, 2, 4]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def _decode(
     q, cache, scales, w, table, seq_lens, out, maxima,
     skip, table_stride, page_stride, out_stride, maxima_stride,
@@ -103,56 +136,65 @@ def _decode(
         key, scale = _load_keys(cache, scales, page, start, length, page_stride, D, PAGE, BLOCK_N, FP8, SOFT, UPCAST)
         page = _load_page(table_row, start + BLOCK_N, last, PAGE, BLOCK_N)  # a step ahead of the keys that need it
         dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, H]
-        score = tl.sum(tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :], 1) * scale
+        score = tl.reshape(_add_heads(dots, weight, BLOCK_N, 1, BLOCK_H), [BLOCK_N]) * scale
         tl.store(out + b * out_stride + pos, score, mask=valid)
         if MAXIMA:
-            bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-            order = tl.where(score != score, 2147483647, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-            best = tl.maximum(best, tl.where(valid, order, -2147483648))
+            best = tl.maximum(best, tl.where(valid, _keys(score), -2147483648))
     if MAXIMA:
         tl.store(maxima + b * maxima_stride + chunk * BLOCK_N + tl.arange(0, BLOCK_N), best)
 
 
 @triton.jit
+def _maxima(score, valid, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr):
+    """The largest keys of scores [N, QUERIES] in groups of 8, positions 64 a + 4 g + (0..3, 32..35): [N / 8, QUERIES]."""
+    key = tl.reshape(tl.where(valid, _keys(score), -2147483648), [BLOCK_N // 64, 2, 8, 4, QUERIES])
+    return tl.reshape(tl.max(tl.max(key, 3), 1), [BLOCK_N // 8, QUERIES])
+
+
+@triton.jit
 def _prefill(
-    q, cache, scales, w, table, ends, out, tokens, keys, page_stride, out_stride,
+    q, cache, scales, w, table, ends, out, maxima, tokens, keys, page_stride, out_stride, maxima_stride,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, FP8: tl.constexpr, SOFT: tl.constexpr, ENDS: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, FP8: tl.constexpr, SOFT: tl.constexpr, ENDS: tl.constexpr, MAXIMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * QUERIES
+    first, start = tl.program_id(0) * QUERIES, tl.program_id(1) * BLOCK_N
     last = tl.minimum(first + QUERIES, tokens)
-    pos = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pos = start + tl.arange(0, BLOCK_N)
     if ENDS:  # ends rise with t inside a sequence, yet nothing here relies on it
         offs_q = first + tl.arange(0, QUERIES)
-        if tl.max(tl.load(ends + offs_q, mask=offs_q < last, other=0), 0) <= tl.program_id(1) * BLOCK_N:
+        if tl.max(tl.load(ends + offs_q, mask=offs_q < last, other=0), 0) <= start:
             return
     valid = pos < keys
-    page = _load_page(table, tl.program_id(1) * BLOCK_N, keys, PAGE, BLOCK_N)
-    key, scale = _load_keys(
-        cache, scales, page, tl.program_id(1) * BLOCK_N, keys, page_stride, D, PAGE, BLOCK_N, FP8, SOFT, UPCAST
-    )
-    if (
-        GROUP > 1
-    ):  # few heads: several queries side by side are the columns of one product, and the keys are read once for all of them
-        offs_c, offs_g = tl.arange(0, GROUP * H), tl.arange(0, GROUP)
-        for t in range(first, last, GROUP):
-            row = (first * 0 + t).to(tl.int64)
-            inside = row * H + offs_c < last * H
+    page = _load_page(table, start, keys, PAGE, BLOCK_N)
+    key, scale = _load_keys(cache, scales, page, start, keys, page_stride, D, PAGE, BLOCK_N, FP8, SOFT, UPCAST)
+    # Few heads: GROUP queries side by side are the columns of one product, and the keys are read once for all of them.
+    offs_c, offs_g = tl.arange(0, GROUP * BLOCK_H), tl.arange(0, GROUP)
+    at_out = offs_g.to(tl.int64)[None, :] * out_stride + pos[:, None]
+    at_best = offs_g.to(tl.int64)[None, :] * maxima_stride + (start // 8 + tl.arange(0, BLOCK_N // 8))[:, None]
+    for t in range(first, last, GROUP):
+        row = (first * 0 + t).to(tl.int64)
+        inside = row + offs_g < last
+        if GROUP > 1:
+            there = row * H + offs_c < last * H
             at = q + row * H * D + offs_c[:, None] * D + tl.arange(0, D)[None, :]
-            query = _values(at, inside[:, None], FP8, SOFT, UPCAST)
-            weight = tl.load(w + row * H + offs_c, mask=inside, other=0.0).to(tl.float32)
-            dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, GROUP * H]
-            each = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :]
-            score = tl.sum(tl.reshape(each, [BLOCK_N, GROUP, H]), 2) * scale[:, None]
-            to = out + (row + offs_g)[None, :] * out_stride + pos[:, None]
-            tl.store(to, score, mask=valid[:, None] & (row + offs_g < last)[None, :])
-    else:
-        for t in range(first, last):
-            row = (first * 0 + t).to(tl.int64)
+            query = _values(at, there[:, None], FP8, SOFT, UPCAST)
+            weight = tl.load(w + row * H + offs_c, mask=there, other=0.0).to(tl.float32)
+        else:
             query, weight = _load_query(q + row * H * D, w + row * H, H, D, BLOCK_H, FP8, SOFT, UPCAST)
-            dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, H]
-            score = tl.sum(tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :], 1) * scale
+        dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, GROUP * BLOCK_H]
+        score = _add_heads(dots, weight, BLOCK_N, GROUP, BLOCK_H)
+        if GROUP > 1:
+            score *= scale[:, None]
+            tl.store(out + row * out_stride + at_out, score, mask=valid[:, None] & inside[None, :])
+        else:
+            score = tl.reshape(score, [BLOCK_N]) * scale
             tl.store(out + row * out_stride + pos, score, mask=valid)
+        if MAXIMA:
+            seen = valid[:, None] & inside[None, :]
+            if ENDS:
+                seen &= pos[:, None] < tl.load(ends + row + offs_g, mask=inside, other=0)[None, :]
+            best = _maxima(tl.reshape(score, [BLOCK_N, GROUP]), seen, BLOCK_N, GROUP)
+            tl.store(maxima + row * maxima_stride + at_best, best, mask=inside[None, :])
 
 
 def _describe(q, cache):
@@ -203,29 +245,54 @@ def indexer_logits_decode(
     return out
 
 
+def _own_kernel(q):
+    """Whether indexer_prefill_sm90.py takes these queries (and a cache of their dtype)."""
+    return (
+        q.is_cuda
+        and q.dtype == torch.bfloat16
+        and q.shape[1] in (4, 8, 16)
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+    )
+
+
+def prefill_span(q, keys):
+    """(keys of a tile, keys of a group): the span and group of a prefill's maxima, as select_from_maxima calls them."""
+    wide = q.is_cuda and q.element_size() < 4 and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return 256 if keys >= 4096 and wide else 64, GROUP
+
+
 def indexer_logits_prefill(
-    q, cache, w, table, keys, ends=None, out=None, queries=128, block_n=None, num_warps=4, num_stages=3
-):
+    q, cache, w, table, keys, ends=None, out=None, maxima=None, queries=128, block_n=None, num_warps=4, num_stages=3,
+    grouped=None,
+):  # fmt: skip
     """Scores of many queries of one sequence: q [T, H, D], w fp32 [T, H], table int32 [max_pages], keys = positions to score.
 
     Returns fp32 [T, keys]. ends int32 [T]: only positions below ends[t] are needed, so tiles beyond every query's end stay
     unwritten. A plain key tensor k [S, D] is the one-page cache k[None] with table [0].
+    maxima int32 [T, >= ceil(keys / span) * span / group] with the (span, group) of `prefill_span`: the largest key of every group's
+    positions below keys and ends[t], the least int32 where it has none. All groups of the spans that start below ends[t] are
+    written, others perhaps not. Group 8 a + g has the positions 64 a + 4 g + (0..3, 32..35).
     """
     tokens, heads, dim = q.shape
     page, fp8, soft, cpu = _describe(q, cache)
     out = torch.empty(tokens, keys, dtype=torch.float32, device=q.device) if out is None else out
-    block_n = block_n or (
-        256
-        if keys >= 4096 and q.element_size() < 4 and not cpu and torch.cuda.get_device_capability(q.device) >= (9, 0)
-        else 64
-    )
-    group = GROUPED if heads == 16 and not fp8 else 1
-    if tokens and keys:
-        _prefill[(triton.cdiv(tokens, queries), triton.cdiv(keys, block_n))](
-            q.contiguous().view(torch.uint8) if fp8 else q.contiguous(), cache, cache.view(torch.float32) if fp8 else cache,
-            w.contiguous(), table, ends, out, tokens, keys, cache.stride(0), out.stride(0),
-            H=heads, D=dim, PAGE=page, QUERIES=queries, BLOCK_N=block_n, BLOCK_H=max(16, triton.next_power_of_2(heads)), GROUP=group,
-            FP8=fp8, SOFT=soft, ENDS=ends is not None, UPCAST=cpu,
-            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    own = block_n is None and keys >= 4096 and _own_kernel(q)
+    block_n = block_n or prefill_span(q, keys)[0]
+    if maxima is not None and block_n % 64:
+        raise ValueError(f"indexer_logits: maxima need tiles of a multiple of 64 keys, got {block_n}")
+    if not (tokens and keys):
+        return out
+    if own:
+        from winnow.kernels import indexer_prefill_sm90
+
+        indexer_prefill_sm90.launch(q.contiguous(), cache, w.contiguous(), table, keys, ends, out, maxima, queries)
+        return out
+    group = grouped or (GROUPED if heads == 16 and not fp8 and not cpu else 1)  # BLAS's bits depend on the shape
+    _prefill[(triton.cdiv(tokens, queries), triton.cdiv(keys, block_n))](
+        q.contiguous().view(torch.uint8) if fp8 else q.contiguous(), cache, cache.view(torch.float32) if fp8 else cache,
+        w.contiguous(), table, ends, out, maxima, tokens, keys, cache.stride(0), out.stride(0), 0 if maxima is None else maxima.stride(0),
+        H=heads, D=dim, PAGE=page, QUERIES=queries, BLOCK_N=block_n, BLOCK_H=max(16, triton.next_power_of_2(heads)), GROUP=group,
+        FP8=fp8, SOFT=soft, ENDS=ends is not None, MAXIMA=maxima is not None, UPCAST=cpu,
+        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from winnow.kernels.indexer_logits import _load_keys, _load_page, _load_query
+from winnow.kernels.indexer_logits import _add_heads, _load_keys, _load_page, _load_query
 from winnow.kernels.topk import _count, _keys, _narrow, _thresholds
 
 LONGEST = 1024  # tokens of a context
@@ -41,7 +41,7 @@ def _select_short(
         page = _load_page(table_row, start, length, PAGE, BLOCK_N)
         key, scale = _load_keys(cache, cache, page, start, length, page_stride, D, PAGE, BLOCK_N, False, False, UPCAST)
         dots = tl.dot(key, tl.trans(query), input_precision="ieee")  # [N, H]
-        score = tl.sum(tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :], 1) * scale
+        score = tl.reshape(_add_heads(dots, weight, BLOCK_N, 1, BLOCK_H), [BLOCK_N]) * scale
         tl.store(mine + pos, score, mask=pos < length)
     tl.debug_barrier()
     offs = tl.arange(0, WIDTH)

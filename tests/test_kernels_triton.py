@@ -14,7 +14,7 @@ from winnow.kernels import gpu_ops, invariant, ops, torch_attention, torch_index
 from winnow.kernels import reference_decode as ref  # noqa: E402
 from winnow.kernels.decode_select import select_decode, select_workspace  # noqa: E402
 from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace  # noqa: E402
-from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill  # noqa: E402
+from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill, prefill_span  # noqa: E402
 from winnow.kernels.invariant import linear, linear_plan, rms_norm, softmax  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
 from winnow.kernels.packing import known  # noqa: E402
@@ -294,7 +294,14 @@ def test_topk_refuses_nan():
     assert int(topk(scores[:, 20:], ints([280]), 16)[1]) == 16  # the flag was taken back
 
 
-INDEXER_CASES = [(4, 32, 16, [40, 0, 129]), (5, 64, 61, [70, 1]), (32, 128, 64, [130]), (64, 128, 69, [70])]
+INDEXER_CASES = [
+    (4, 32, 16, [40, 0, 129]),
+    (5, 64, 61, [70, 1]),
+    (16, 64, 16, [130, 7]),
+    (32, 128, 64, [130]),
+    (64, 128, 69, [70]),
+]
+WIDE_CASES = [(4, 32, 16, [4096]), (8, 128, 61, [5001]), (16, 64, 64, [9000])]  # those of the SM90 kernel
 
 
 def index_case(heads, dim, page, lengths, fp8, seed=0):
@@ -312,7 +319,7 @@ def index_case(heads, dim, page, lengths, fp8, seed=0):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("heads,dim,page,lengths", INDEXER_CASES)
+@pytest.mark.parametrize("heads,dim,page,lengths", INDEXER_CASES + (WIDE_CASES if GPU else []))
 def test_indexer_logits(heads, dim, page, lengths, fp8):
     q, cache, w, table, exact = index_case(heads, dim, page, lengths, fp8)
     got = indexer_logits_decode(q, cache, w, table, ints(lengths), chunk=128)
@@ -330,6 +337,47 @@ def test_indexer_logits(heads, dim, page, lengths, fp8):
         q[:1].expand(70, -1, -1), cache, w[:1].expand(70, -1), table[0], lengths[0], ends=ints([lengths[0]] * 70)
     )
     assert torch.equal(many, got[:1, : lengths[0]].expand(70, -1))
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    "heads,dim,grouped",
+    [(4, 32, None), (8, 64, None), (16, 64, None), (16, 64, 4)] + ([(16, 128, None), (64, 128, None)] if GPU else []),
+)
+def test_maxima_of_a_prefill(heads, dim, grouped, given):
+    """NaN, zeros of both signs, ends inside a group and before it, a partial last tile and a partial last group of queries."""
+    keys, tokens = (200, 11) if not GPU else (5003, 131)
+    q, cache, w, table, _ = index_case(heads, dim, 16, [keys], False)
+    q, w = randn(tokens, heads, dim, seed=4), randn(tokens, heads, seed=5, dtype=torch.float32)
+    w[1] = -w[1].abs()  # no score above 0, and -0 where a key is 0
+    w[2] = float("-inf")
+    for spot, value in ((3, 0.0), (77, 0.0), (130, float("nan"))):
+        cache[int(table[0, spot // 16]), spot % 16] = value
+    ends = ints([(t * 37) % (keys + 9) for t in range(tokens)])
+    ends[4:8] = 40  # a product whose queries end before the second tile of a program that others need
+    given_ends = ends if given else None
+    options = {"grouped": grouped} | ({"block_n": 64} if grouped else {})
+    out = torch.zeros(tokens, keys, device=DEV)
+    want = indexer_logits_prefill(q, cache, w, table[0], keys, given_ends, out, **options)
+    span, group = (64, 8) if grouped else prefill_span(q, keys)
+    spans = -(-keys // span)
+    maxima = ints([7]).expand(tokens, spans * span // group + 3).clone()
+    got = torch.zeros(tokens, keys, device=DEV)
+    queries = 4 if not GPU else 64
+    indexer_logits_prefill(q, cache, w, table[0], keys, given_ends, got, maxima, queries=queries, **options)
+    ends = ends.clamp(max=keys) if given else torch.full_like(ends, keys)
+    pos = torch.arange(spans * span, device=DEV)
+    seen = pos < ends[:, None]
+    assert torch.equal(got.nan_to_num(7.0)[seen[:, :keys]], want.nan_to_num(7.0)[seen[:, :keys]])
+    bits = torch.where(want == 0, 0.0, want).view(torch.int32)
+    key = torch.where(want.isnan(), INT_MAX, bits ^ ((bits >> 31) & INT_MAX))
+    key = torch.nn.functional.pad(key, (0, spans * span - keys)).masked_fill(~seen, INT_MIN)
+    best = key.unflatten(1, (-1, 2, 8, 4)).amax((2, 4)).flatten(1)  # positions 64 a + 4 g + (0..3, 32..35)
+    written = (torch.arange(spans * span // group, device=DEV) * group // span * span)[None] < ends[:, None]
+    bad = (maxima[:, : best.shape[1]] != best) & written
+    assert not bad.any(), f"{int(bad.sum())} maxima differ, first at {bad.nonzero()[0].tolist()}"
+    assert (maxima[:, best.shape[1] :] == 7).all() and (best[written] == INT_MAX).any() and (best[written] == 0).any()
+    assert (best == INT_MIN).any()
 
 
 @pytest.mark.parametrize("fp8", [False, True])
