@@ -157,10 +157,10 @@ def _choose(scores: Tensor, lengths: Tensor, k: int, indices: Tensor, counts: Te
     from winnow.kernels.topk import topk_workspace
     from winnow.kernels.topk_rows import suits, topk_rows
 
-    if suits(*scores.shape):
+    if suits(len(scores), scores.shape[1]):
         topk_rows(scores, lengths, k, indices, counts, bad)
     else:
-        work = topk_workspace(*scores.shape, k, scores.device) | {"bad": bad}
+        work = topk_workspace(len(scores), scores.shape[1], k, scores.device) | {"bad": bad}
         choose(scores, lengths, k, indices, counts, work, check=False)
 
 

@@ -3,8 +3,8 @@
 Keys are the rows of the product and index heads its columns, so the sum over heads stays inside a thread quad and its order
 is the same in all kernels: prefill and decode give equal bits for equal inputs. Caches: bf16 [pages, page, D] (fp32 on a
 CPU) or uint8 [pages, page * (D + 4)], a page's e4m3 values first and then its fp32 scales.
-Both can also write the largest key of every few scores, from which topk.py chooses without another pass. Prefills with up to 16
-heads in bf16 have a kernel of their own on SM90 (indexer_prefill_sm90.py).
+Decode can also write the largest key of every few scores, from which topk.py chooses without another pass. Prefills with 4, 8 or
+16 heads in bf16 have a kernel of their own on SM90 (indexer_prefill_sm90.py).
 """
 
 import torch
@@ -16,7 +16,6 @@ from winnow.kernels.topk import _keys
 GROUPED = (
     4  # queries in one product where a query has 16 heads: 285 TF on an H200, one by one 214, with equal bits (8: 226)
 )
-GROUP = 8  # keys of one of a prefill's maxima
 
 
 @triton.jit
@@ -145,17 +144,10 @@ def _decode(
 
 
 @triton.jit
-def _maxima(score, valid, BLOCK_N: tl.constexpr, QUERIES: tl.constexpr):
-    """The largest keys of scores [N, QUERIES] in groups of 8, positions 64 a + 4 g + (0..3, 32..35): [N / 8, QUERIES]."""
-    key = tl.reshape(tl.where(valid, _keys(score), -2147483648), [BLOCK_N // 64, 2, 8, 4, QUERIES])
-    return tl.reshape(tl.max(tl.max(key, 3), 1), [BLOCK_N // 8, QUERIES])
-
-
-@triton.jit
 def _prefill(
-    q, cache, scales, w, table, ends, out, maxima, tokens, keys, page_stride, out_stride, maxima_stride,
+    q, cache, scales, w, table, ends, out, tokens, keys, page_stride, out_stride,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, FP8: tl.constexpr, SOFT: tl.constexpr, ENDS: tl.constexpr, MAXIMA: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, FP8: tl.constexpr, SOFT: tl.constexpr, ENDS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     first, start = tl.program_id(0) * QUERIES, tl.program_id(1) * BLOCK_N
     last = tl.minimum(first + QUERIES, tokens)
@@ -170,7 +162,6 @@ def _prefill(
     # Few heads: GROUP queries side by side are the columns of one product, and the keys are read once for all of them.
     offs_c, offs_g = tl.arange(0, GROUP * BLOCK_H), tl.arange(0, GROUP)
     at_out = offs_g.to(tl.int64)[None, :] * out_stride + pos[:, None]
-    at_best = offs_g.to(tl.int64)[None, :] * maxima_stride + (start // 8 + tl.arange(0, BLOCK_N // 8))[:, None]
     for t in range(first, last, GROUP):
         row = (first * 0 + t).to(tl.int64)
         inside = row + offs_g < last
@@ -189,12 +180,6 @@ def _prefill(
         else:
             score = tl.reshape(score, [BLOCK_N]) * scale
             tl.store(out + row * out_stride + pos, score, mask=valid)
-        if MAXIMA:
-            seen = valid[:, None] & inside[None, :]
-            if ENDS:
-                seen &= pos[:, None] < tl.load(ends + row + offs_g, mask=inside, other=0)[None, :]
-            best = _maxima(tl.reshape(score, [BLOCK_N, GROUP]), seen, BLOCK_N, GROUP)
-            tl.store(maxima + row * maxima_stride + at_best, best, mask=inside[None, :])
 
 
 def _describe(q, cache):
@@ -255,44 +240,34 @@ def _own_kernel(q):
     )
 
 
-def prefill_span(q, keys):
-    """(keys of a tile, keys of a group): the span and group of a prefill's maxima, as select_from_maxima calls them."""
-    wide = q.is_cuda and q.element_size() < 4 and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return 256 if keys >= 4096 and wide else 64, GROUP
-
-
 def indexer_logits_prefill(
-    q, cache, w, table, keys, ends=None, out=None, maxima=None, queries=128, block_n=None, num_warps=4, num_stages=3,
+    q, cache, w, table, keys, ends=None, out=None, queries=128, block_n=None, num_warps=4, num_stages=3,
     grouped=None,
 ):  # fmt: skip
     """Scores of many queries of one sequence: q [T, H, D], w fp32 [T, H], table int32 [max_pages], keys = positions to score.
 
     Returns fp32 [T, keys]. ends int32 [T]: only positions below ends[t] are needed, so tiles beyond every query's end stay
     unwritten. A plain key tensor k [S, D] is the one-page cache k[None] with table [0].
-    maxima int32 [T, >= ceil(keys / span) * span / group] with the (span, group) of `prefill_span`: the largest key of every group's
-    positions below keys and ends[t], the least int32 where it has none. All groups of the spans that start below ends[t] are
-    written, others perhaps not. Group 8 a + g has the positions 64 a + 4 g + (0..3, 32..35).
     """
     tokens, heads, dim = q.shape
     page, fp8, soft, cpu = _describe(q, cache)
     out = torch.empty(tokens, keys, dtype=torch.float32, device=q.device) if out is None else out
-    own = block_n is None and keys >= 4096 and _own_kernel(q)
-    block_n = block_n or prefill_span(q, keys)[0]
-    if maxima is not None and block_n % 64:
-        raise ValueError(f"indexer_logits: maxima need tiles of a multiple of 64 keys, got {block_n}")
+    own = block_n is None and keys >= 1024 and _own_kernel(q)
+    wide = keys >= 4096 and q.element_size() < 4 and not cpu and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    block_n = block_n or (256 if wide else 64)
     if not (tokens and keys):
         return out
     if own:
         from winnow.kernels import indexer_prefill_sm90
 
-        indexer_prefill_sm90.launch(q.contiguous(), cache, w.contiguous(), table, keys, ends, out, maxima, queries)
+        indexer_prefill_sm90.launch(q.contiguous(), cache, w.contiguous(), table, keys, ends, out, queries)
         return out
     group = grouped or (GROUPED if heads == 16 and not fp8 and not cpu else 1)  # BLAS's bits depend on the shape
     _prefill[(triton.cdiv(tokens, queries), triton.cdiv(keys, block_n))](
         q.contiguous().view(torch.uint8) if fp8 else q.contiguous(), cache, cache.view(torch.float32) if fp8 else cache,
-        w.contiguous(), table, ends, out, maxima, tokens, keys, cache.stride(0), out.stride(0), 0 if maxima is None else maxima.stride(0),
+        w.contiguous(), table, ends, out, tokens, keys, cache.stride(0), out.stride(0),
         H=heads, D=dim, PAGE=page, QUERIES=queries, BLOCK_N=block_n, BLOCK_H=max(16, triton.next_power_of_2(heads)), GROUP=group,
-        FP8=fp8, SOFT=soft, ENDS=ends is not None, MAXIMA=maxima is not None, UPCAST=cpu,
+        FP8=fp8, SOFT=soft, ENDS=ends is not None, UPCAST=cpu,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -4,8 +4,8 @@
 
 A product's columns are 64 pairs (query, head). Of every 8 columns a lane holds two, so the columns are ordered such that all 16 of a lane
 are heads of its own queries: the sum over heads needs no shuffle and a score lies in one lane, not in four. A lane holds 8 rows (keys) of
-a product, 8 apart or 64 apart; the rows are ordered such that they are twice four neighbouring keys, which one instruction stores, and
-these 8 make up a group of the maxima. Several programs a multiprocessor: one adds while another multiplies.
+a product, 8 apart or 64 apart; the rows are ordered such that they are twice four neighbouring keys, which one instruction stores.
+Several programs a multiprocessor: one adds while another multiplies.
 """
 
 from functools import lru_cache
@@ -23,24 +23,7 @@ from triton.language import PropagateNan
 from winnow.kernels.mla_decode_sm90 import _barrier, _copy
 
 COLUMNS = gl.constexpr(64)  # (query, head) pairs of a product
-GROUP = gl.constexpr(8)  # keys of a maximum
 NAN = gl.constexpr(PropagateNan.ALL)
-LEAST = gl.constexpr(-2147483648)
-
-
-@gluon.jit
-def _larger(a, b):
-    return gl.maximum(a, b, propagate_nan=NAN)
-
-
-@gluon.jit
-def _maxima(score, QUERIES: gl.constexpr, WARPS: gl.constexpr, MAXIMA: gl.constexpr):
-    """Order keys (topk.py) of the largest of a lane's 8 scores: [QUERIES, 64 WARPS] -> [QUERIES, 8 WARPS]."""
-    score = gl.reshape(score, [QUERIES, WARPS, 2, 8, 4])
-    best = gl.reshape(gl.reduce(gl.reduce(score, 4, _larger), 2, _larger), [QUERIES, 8 * WARPS])
-    best = gl.convert_layout(best, MAXIMA)
-    bits = gl.where(best == 0.0, 0.0, best).to(gl.int32, bitcast=True)
-    return gl.where(best != best, 2147483647, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @gluon.jit
@@ -85,9 +68,9 @@ def _add_heads(dots, weight, ROWS: gl.constexpr, SHARE: gl.constexpr, H: gl.cons
 
 @gluon.jit
 def _prefill_sm90(
-    q, cache, w, table, ends, out, maxima, tokens, keys, page_stride, out_stride, maxima_stride,
+    q, cache, w, table, ends, out, tokens, keys, page_stride, out_stride,
     H: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, QUERIES: gl.constexpr, WARPS: gl.constexpr, ENDS: gl.constexpr,
-    MAXIMA: gl.constexpr, STORE: gl.constexpr, BEST: gl.constexpr, WEIGHT: gl.constexpr,
+    STORE: gl.constexpr, WEIGHT: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 64, 16])
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
@@ -99,14 +82,12 @@ def _prefill_sm90(
 
     first, start = gl.program_id(0) * QUERIES, gl.program_id(1) * SPAN
     last = gl.minimum(first + QUERIES, tokens)
-    lowest = keys
     if ENDS:  # ends rise with t inside a sequence, yet nothing here relies on it
         own = first + gl.arange(0, QUERIES, layout=LINE)
         end = gl.load(ends + own, mask=own < last, other=0)
         if gl.max(end, 0) <= start:
             return
-        lowest = gl.minimum(keys, gl.min(gl.where(own < last, end, keys), 0))
-    whole, seen = start + SPAN <= keys, start + SPAN <= lowest
+    whole = start + SPAN <= keys
 
     # Row r of a product, warp by warp 16 of 64 rows, is the key that makes a lane's rows neighbours.
     key_tile = gl.allocate_shared_memory(gl.bfloat16, [SPAN, D], TILE)
@@ -134,13 +115,8 @@ def _prefill_sm90(
     rows = gl.arange(0, TOGETHER, layout=gl.SliceLayout(1, STORE))
     pos = gl.arange(0, SPAN, layout=gl.SliceLayout(0, STORE))
     at_out = gl.expand_dims(rows.to(gl.int64) * out_stride, 1) + gl.expand_dims(pos, 0)
-    rows_b = gl.arange(0, TOGETHER, layout=gl.SliceLayout(1, BEST))
-    group = gl.arange(0, 8 * WARPS, layout=gl.SliceLayout(0, BEST))
-    at_best = gl.expand_dims(rows_b.to(gl.int64) * maxima_stride, 1) + gl.expand_dims(group, 0)
     w += first.to(gl.int64) * H
     out += first.to(gl.int64) * out_stride + start
-    if MAXIMA:
-        maxima += first.to(gl.int64) * maxima_stride + start // GROUP
     for pair in range(first, last, 2 * TOGETHER):
         for half in gl.static_range(2):
             row = pair + half * TOGETHER  # past the last one nothing is read or written
@@ -171,51 +147,38 @@ def _prefill_sm90(
             else:
                 gl.store(out + at_out, score, mask=inside & gl.expand_dims(start + pos < keys, 0))
             out += TOGETHER * out_stride.to(gl.int64)
-            if MAXIMA:
-                best = _maxima(score, TOGETHER, WARPS, BEST)
-                if not seen:
-                    sight, sight_b = gl.full_like(rows, 0) + keys, gl.full_like(rows_b, 0) + keys
-                    if ENDS:
-                        sight = gl.minimum(sight, gl.load(ends + row + rows, mask=row + rows < last, other=0))
-                        sight_b = gl.minimum(sight_b, gl.load(ends + row + rows_b, mask=row + rows_b < last, other=0))
-                    visible = gl.expand_dims(start + pos, 0) < gl.expand_dims(sight, 1)
-                    lead = start + group // 8 * 64 + group % 8 * 4  # the first key of a group
-                    some = gl.expand_dims(lead, 0) < gl.expand_dims(sight_b, 1)
-                    best = _maxima(gl.where(visible, score, float("-inf")), TOGETHER, WARPS, BEST)
-                    best = gl.where(some, best, LEAST)
-                gl.store(maxima + at_best, best, mask=gl.expand_dims(row + rows_b < last, 1))
-                maxima += TOGETHER * maxima_stride.to(gl.int64)
     async_copy.wait_group(0)
 
 
 @lru_cache
 def layouts(heads, warps):
-    """How scores [queries, 64 warps], maxima [queries, 8 warps] and weights [4, 16] lie in lanes: constants of the kernel.
+    """How scores [queries, 64 warps] and weights [4, 16] lie in lanes: constants of the kernel.
 
     Lanes 4 g + t of warp v: queries t (and t + 4, ...), keys 64 v + 4 g + (0..3, 32..35).
     """
     share = [[4 << n, 0] for n in range((16 // heads).bit_length() - 1)]
-    lanes, together = warps.bit_length() - 1, 64 // heads
+    lanes = warps.bit_length() - 1
     queries = [[1, 0], [2, 0]]
-
-    def layout(registers, in_warp, span):
-        across = [[0, span // warps << n] for n in range(lanes)]
-        return gl.DistributedLinearLayout(registers, in_warp, across, [], [together, span])
-
+    across = [[0, 64 << n] for n in range(lanes)]
     return {
-        "STORE": layout([[0, 1], [0, 2], [0, 32], *share], [*queries, [0, 4], [0, 8], [0, 16]], 64 * warps),
-        "BEST": layout(share, [*queries, [0, 1], [0, 2], [0, 4]], 8 * warps),
+        "STORE": gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 32], *share],
+            [*queries, [0, 4], [0, 8], [0, 16]],
+            across,
+            [],
+            [64 // heads, 64 * warps],
+        ),
         "WEIGHT": gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [0, 4], [0, 8]], queries + [[0, 0]] * 3, [[0, 0]] * lanes, [], [4, 16]
         ),
     }
 
 
-def launch(q, cache, w, table, keys, ends, out, maxima, queries=128, num_warps=4, maxnreg=168):
+def launch(q, cache, w, table, keys, ends, out, queries=128, num_warps=4, maxnreg=168):
     """As indexer_logits_prefill. 168 registers, where the compiler would take 240, leave room for three programs a multiprocessor."""
     tokens, heads, dim = q.shape
     _prefill_sm90[(-(-tokens // queries), -(-keys // (64 * num_warps)))](
-        q, cache, w, table, ends, out, maxima, tokens, keys, cache.stride(0), out.stride(0), 0 if maxima is None else maxima.stride(0),
-        H=heads, D=dim, PAGE=cache.shape[1], QUERIES=queries, WARPS=num_warps, ENDS=ends is not None, MAXIMA=maxima is not None,
+        q, cache, w, table, ends, out, tokens, keys, cache.stride(0), out.stride(0),
+        H=heads, D=dim, PAGE=cache.shape[1], QUERIES=queries, WARPS=num_warps, ENDS=ends is not None,
         **layouts(heads, num_warps), num_warps=num_warps, maxnreg=maxnreg, enable_fp_fusion=True,
     )  # fmt: skip

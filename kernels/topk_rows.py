@@ -1,8 +1,8 @@
-"""Exact top-k of many long rows, as in a prefill: topk.py's sets, from kernels that read the scores as rarely as can be.
+"""Exact top-k of many long rows, as in a prefill: topk.py's sets, from kernels that read the scores twice.
 
-1. `_limits`: a row's bound, as in topk.py: the k-th largest of its folded group maxima, found once a row. Who has made the scores may
-   have made the maxima too; else this kernel reads the scores for them.
-2. `_flag`: of 32 neighbouring scores one word says which are above the bound, one which equal it. The only pass over all scores.
+1. `_limits`: a row's bound, as in topk.py: the k-th largest of its group maxima, found once a row. A group's scores lie far apart, for
+   neighbours are chosen together: maxima of neighbours, which the scores' own kernel could write, bound such rows worse.
+2. `_flag`: of 32 neighbouring scores one word says which are above the bound, one which equal it.
 3. `_pick`: one program a row goes through its words. With fewer than k above the bound, the bound is the k-th score and the words are
    the answer; otherwise the scores above it (about 1.4 k on random rows) are fetched, and the k-th is searched among them.
 """
@@ -19,7 +19,6 @@ WORDS = 512  # words of a step of `_pick`
 TILE = 4096  # candidates whose keys stay in registers
 STEP = 1024  # candidates of a step where they do not
 WARPS = 4  # of a program of `_pick`
-LOWEST = tl.constexpr(-2139095041)  # the key of -inf: no score is below it
 
 
 @triton.jit
@@ -37,28 +36,18 @@ def _load(scores, offs, length, VECTOR: tl.constexpr):
 
 @triton.jit(do_not_specialize=["k"])
 def _limits(
-    scores, maxima, lengths, limits, bad, k, score_stride, maxima_stride,
-    SPAN: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, GIVEN: tl.constexpr, VECTOR: tl.constexpr,
+    scores, lengths, limits, bad, k, score_stride, FOLD: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """limits [row]: a key that at least k of the row's scores reach, and the largest one."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row)
-    offs = tl.arange(0, FOLD)
-    if GIVEN:
-        groups = (length + SPAN - 1) // SPAN * (SPAN // GROUP)
-        best = tl.full([FOLD], -2147483648, tl.int32)
-        for base in range(0, groups, FOLD):
-            at = maxima + row * maxima_stride + base + offs
-            best = tl.maximum(best, tl.load(at, mask=base + offs < groups, other=-2147483648))
-    else:
-        top = tl.full([FOLD], float("-inf"), tl.float32)
-        for base in range(0, length, 4 * FOLD):
-            for j in tl.static_range(4):
-                score = _load(scores + row * score_stride, base + j * FOLD + offs, length, VECTOR)
-                top = tl.maximum(top, score, propagate_nan=tl.PropagateNan.ALL)
-        best = _keys(top)
-    low, high = _bound(best, k)
-    tl.store(limits + 2 * row, tl.maximum(low, LOWEST))
+    best = tl.full([FOLD], float("-inf"), tl.float32)
+    for base in range(0, length, 4 * FOLD):
+        for j in tl.static_range(4):
+            score = _load(scores + row * score_stride, base + j * FOLD + tl.arange(0, FOLD), length, VECTOR)
+            best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
+    low, high = _bound(_keys(best), k)
+    tl.store(limits + 2 * row, low)
     tl.store(limits + 2 * row + 1, high)
     if high == 2147483647:
         tl.store(bad, 1)
@@ -188,11 +177,10 @@ def suits(rows: int, width: int) -> bool:
     return rows >= ROWS and width > WIDTH
 
 
-def topk_rows(scores, lengths, k, out, counts, bad, maxima=None, span=1, group=1):
+def topk_rows(scores, lengths, k, out, counts, bad):
     """As `topk.topk` without its checks: out int32 [rows, k] and counts int32 [rows] are filled, bad int32 [1] is 1 after a NaN.
 
-    maxima int32 [rows, >= ceil(width / span) * span / group]: the largest key of every group of `group` scores below a row's length, of
-    spans that begin below it; None: found here. Scratch: 8 bytes a score, and a sixteenth of them.
+    Scratch: 8 bytes a score, and a sixteenth of them.
     """
     rows, width = scores.shape
     device = scores.device
@@ -204,8 +192,8 @@ def topk_rows(scores, lengths, k, out, counts, bad, maxima=None, span=1, group=1
     vector = 4 if width % 4 == 0 and scores.stride(0) % 4 == 0 else 1
     soft = device.type == "cpu"
     _limits[(rows,)](
-        scores, maxima, lengths, limits, bad, k, scores.stride(0), 0 if maxima is None else maxima.stride(0),
-        SPAN=span, GROUP=group, FOLD=max(1024, 2 * triton.next_power_of_2(k)), GIVEN=maxima is not None, VECTOR=vector,
+        scores, lengths, limits, bad, k, scores.stride(0),
+        FOLD=max(1024, 2 * triton.next_power_of_2(k)), VECTOR=vector,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     _flag[(rows * chunks,)](

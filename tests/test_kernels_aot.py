@@ -113,21 +113,20 @@ def kernels(sm):
             skip="i32", table_stride="i32", page_stride="i32", out_stride="i32", maxima_stride="i32",
         ), head | {"CHUNKS": 64, "CHUNK": 512, "MAXIMA": True}, 4, 3  # fmt: skip
         yield f"indexer prefill fp8={fp8}", indexer_logits._prefill, dict(
-            q=value, cache=value, scales="*fp32" if fp8 else value, w="*fp32", table=i32, ends=i32, out="*fp32", maxima=i32,
-            tokens="i32", keys="i32", page_stride="i32", out_stride="i32", maxima_stride="i32",
-        ), head | {"QUERIES": 128, "BLOCK_N": 256 if sm >= 90 else 64, "GROUP": 1, "ENDS": True, "MAXIMA": True}, 4, 3  # fmt: skip
+            q=value, cache=value, scales="*fp32" if fp8 else value, w="*fp32", table=i32, ends=i32, out="*fp32",
+            tokens="i32", keys="i32", page_stride="i32", out_stride="i32",
+        ), head | {"QUERIES": 128, "BLOCK_N": 256 if sm >= 90 else 64, "GROUP": 1, "ENDS": True}, 4, 3  # fmt: skip
     yield "indexer prefill, four queries in one product", indexer_logits._prefill, dict(
-        q="*bf16", cache="*bf16", scales="*bf16", w="*fp32", table=i32, ends=i32, out="*fp32", maxima=i32, tokens="i32", keys="i32",
-        page_stride="i32", out_stride="i32", maxima_stride="i32",
+        q="*bf16", cache="*bf16", scales="*bf16", w="*fp32", table=i32, ends=i32, out="*fp32", tokens="i32", keys="i32",
+        page_stride="i32", out_stride="i32",
     ), {"H": 16, "D": 64, "PAGE": 64, "QUERIES": 128, "BLOCK_N": 256 if sm >= 90 else 64, "BLOCK_H": 16, "GROUP": indexer_logits.GROUPED,
-        "FP8": False, "SOFT": False, "UPCAST": False, "ENDS": True, "MAXIMA": False}, 4, 3  # fmt: skip
-    for heads, dim, maxima in ((16, 64, True), (16, 64, False), (8, 128, True), (4, 32, True)) if sm == 90 else ():
+        "FP8": False, "SOFT": False, "UPCAST": False, "ENDS": True}, 4, 3  # fmt: skip
+    for heads, dim in ((16, 64), (8, 128), (4, 32)) if sm == 90 else ():
         from winnow.kernels import indexer_prefill_sm90
 
-        yield f"indexer prefill sm90 {heads} {dim} maxima={maxima}", indexer_prefill_sm90._prefill_sm90, dict(
-            q="*bf16", cache="*bf16", w="*fp32", table=i32, ends=i32, out="*fp32", maxima=i32, tokens="i32", keys="i32", page_stride="i32",
-            out_stride="i32", maxima_stride="i32",
-        ), {"H": heads, "D": dim, "PAGE": 64, "QUERIES": 128, "WARPS": 4, "ENDS": True, "MAXIMA": maxima} | indexer_prefill_sm90.layouts(heads, 4), 4, 1  # fmt: skip
+        yield f"indexer prefill sm90 {heads} {dim}", indexer_prefill_sm90._prefill_sm90, dict(
+            q="*bf16", cache="*bf16", w="*fp32", table=i32, ends=i32, out="*fp32", tokens="i32", keys="i32", page_stride="i32", out_stride="i32",
+        ), {"H": heads, "D": dim, "PAGE": 64, "QUERIES": 128, "WARPS": 4, "ENDS": True} | indexer_prefill_sm90.layouts(heads, 4), 4, 1  # fmt: skip
     yield "write_index_keys", quant._write_index_keys, dict(k="*bf16", slots="*i64", cache="*u8", scales="*fp32", tokens="i32", page_stride="i32"), {
         "D": 128, "PAGE": 64, "BLOCK": 16}, 4, 2  # fmt: skip
     yield (
@@ -181,9 +180,7 @@ def kernels(sm):
         yield f"draw choose given={given}", draw._choose, drawn | dict(uniform="*fp64", tokens="*i64", logprobs="*fp32", bad=i32), {
             "BLOCK": draw.BLOCK, "PIECES": 64, "GIVEN": given}, 8, 2  # fmt: skip
     row = dict(scores="*fp32", lengths=i32, limits=i32, k="i32", score_stride="i32")
-    for given in (False, True):
-        yield f"topk rows limits given={given}", topk_rows._limits, row | dict(maxima=i32, bad=i32, maxima_stride="i32"), {
-            "SPAN": 256, "GROUP": 8, "FOLD": 4096, "GIVEN": given, "VECTOR": 4}, 8, 1  # fmt: skip
+    yield "topk rows limits", topk_rows._limits, row | dict(bad=i32), {"FOLD": 4096, "VECTOR": 4}, 8, 1
     yield "topk rows flag", topk_rows._flag, row | dict(words=i32, word_stride="i32"), {
         "CHUNKS": 16, "CHUNK": topk_rows.FLAGGED, "VECTOR": 4}, 4, 1  # fmt: skip
     yield "topk rows pick", topk_rows._pick, row | dict(

@@ -14,7 +14,7 @@ from winnow.kernels import gpu_ops, invariant, ops, torch_attention, torch_index
 from winnow.kernels import reference_decode as ref  # noqa: E402
 from winnow.kernels.decode_select import select_decode, select_workspace  # noqa: E402
 from winnow.kernels.gqa_decode import gqa_decode, gqa_decode_workspace  # noqa: E402
-from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill, prefill_span  # noqa: E402
+from winnow.kernels.indexer_logits import indexer_logits_decode, indexer_logits_prefill  # noqa: E402
 from winnow.kernels.invariant import linear, linear_plan, rms_norm, softmax  # noqa: E402
 from winnow.kernels.mla_decode import mla_decode  # noqa: E402
 from winnow.kernels.packing import known  # noqa: E402
@@ -245,28 +245,15 @@ def test_topk_of_many_rows(width, k):
         for r, n in enumerate(lengths):
             poisoned[r, n:] = float("nan")
         want = ref.topk(scores, ints(lengths), k)
-        for given in (False, True):
-            out, counts, bad = (
-                torch.full((len(kinds), k), -7, dtype=torch.int32, device=DEV),
-                ints([-7] * len(kinds)),
-                ints([0]),
-            )
-            maxima = {}
-            if given:  # groups of 4, neighbours or not; those of spans past the end are not read
-                span, group = 64, 4
-                there = torch.full((len(kinds), -(-width // span) * span), -torch.inf, device=DEV)
-                for r, n in enumerate(lengths):
-                    there[r, :n] = scores[r, :n]
-                keys = (there + 0.0).view(torch.int32)
-                keys = keys ^ ((keys >> 31) & 0x7FFFFFFF)
-                best = keys.view(len(kinds), -1, group, span // group).amax(2).flatten(1)
-                for r, n in enumerate(lengths):
-                    best[r, -(-n // span) * (span // group) :] = 2**31 - 1
-                maxima = {"maxima": best.contiguous(), "span": span, "group": group}
-            topk_rows(poisoned, ints(lengths), k, out, counts, bad, **maxima)
-            assert int(bad) == 0 and torch.equal(counts, want[1])
-            for r in range(len(kinds)):
-                assert torch.equal(out[r], want[0][r]), f"row {r} ({kinds[r]}, length {lengths[r]}, {given})"
+        out, counts, bad = (
+            torch.full((len(kinds), k), -7, dtype=torch.int32, device=DEV),
+            ints([-7] * len(kinds)),
+            ints([0]),
+        )
+        topk_rows(poisoned, ints(lengths), k, out, counts, bad)
+        assert int(bad) == 0 and torch.equal(counts, want[1])
+        for r in range(len(kinds)):
+            assert torch.equal(out[r], want[0][r]), f"row {r} ({kinds[r]}, length {lengths[r]})"
 
 
 @pytest.mark.parametrize("place", [0, 31, 299])
@@ -344,8 +331,8 @@ def test_indexer_logits(heads, dim, page, lengths, fp8):
     "heads,dim,grouped",
     [(4, 32, None), (8, 64, None), (16, 64, None), (16, 64, 4)] + ([(16, 128, None), (64, 128, None)] if GPU else []),
 )
-def test_maxima_of_a_prefill(heads, dim, grouped, given):
-    """NaN, zeros of both signs, ends inside a group and before it, a partial last tile and a partial last group of queries."""
+def test_prefill_gives_the_bits_of_decode(heads, dim, grouped, given):
+    """NaN, zeros of both signs, ends inside a tile and before it, a partial last tile and a partial last group of queries."""
     keys, tokens = (200, 11) if not GPU else (5003, 131)
     q, cache, w, table, _ = index_case(heads, dim, 16, [keys], False)
     q, w = randn(tokens, heads, dim, seed=4), randn(tokens, heads, seed=5, dtype=torch.float32)
@@ -355,29 +342,18 @@ def test_maxima_of_a_prefill(heads, dim, grouped, given):
         cache[int(table[0, spot // 16]), spot % 16] = value
     ends = ints([(t * 37) % (keys + 9) for t in range(tokens)])
     ends[4:8] = 40  # a product whose queries end before the second tile of a program that others need
-    given_ends = ends if given else None
+    want = indexer_logits_decode(q, cache, w, table[:1].expand(tokens, -1), ints([keys] * tokens), max_len=keys)
     options = {"grouped": grouped} | ({"block_n": 64} if grouped else {})
-    out = torch.zeros(tokens, keys, device=DEV)
-    want = indexer_logits_prefill(q, cache, w, table[0], keys, given_ends, out, **options)
-    span, group = (64, 8) if grouped else prefill_span(q, keys)
-    spans = -(-keys // span)
-    maxima = ints([7]).expand(tokens, spans * span // group + 3).clone()
-    got = torch.zeros(tokens, keys, device=DEV)
-    queries = 4 if not GPU else 64
-    indexer_logits_prefill(q, cache, w, table[0], keys, given_ends, got, maxima, queries=queries, **options)
-    ends = ends.clamp(max=keys) if given else torch.full_like(ends, keys)
-    pos = torch.arange(spans * span, device=DEV)
-    seen = pos < ends[:, None]
-    assert torch.equal(got.nan_to_num(7.0)[seen[:, :keys]], want.nan_to_num(7.0)[seen[:, :keys]])
-    bits = torch.where(want == 0, 0.0, want).view(torch.int32)
-    key = torch.where(want.isnan(), INT_MAX, bits ^ ((bits >> 31) & INT_MAX))
-    key = torch.nn.functional.pad(key, (0, spans * span - keys)).masked_fill(~seen, INT_MIN)
-    best = key.unflatten(1, (-1, 2, 8, 4)).amax((2, 4)).flatten(1)  # positions 64 a + 4 g + (0..3, 32..35)
-    written = (torch.arange(spans * span // group, device=DEV) * group // span * span)[None] < ends[:, None]
-    bad = (maxima[:, : best.shape[1]] != best) & written
-    assert not bad.any(), f"{int(bad.sum())} maxima differ, first at {bad.nonzero()[0].tolist()}"
-    assert (maxima[:, best.shape[1] :] == 7).all() and (best[written] == INT_MAX).any() and (best[written] == 0).any()
-    assert (best == INT_MIN).any()
+    for queries in (4, 128):
+        width = keys + 5
+        out = torch.full((tokens, width), 7.0, device=DEV)
+        indexer_logits_prefill(q, cache, w, table[0], keys, ends if given else None, out, queries=queries, **options)
+        seen = torch.arange(keys, device=DEV) < (ends[:, None] if given else keys)
+        got, wanted = out[:, :keys].contiguous().view(torch.int32), want[:, :keys].contiguous().view(torch.int32)
+        same = (got == wanted) | (out[:, :keys].isnan() & want[:, :keys].isnan())
+        if grouped and not GPU:  # BLAS's bits depend on how many columns a product has
+            same |= torch.isclose(out[:, :keys], want[:, :keys], rtol=1e-5, atol=1e-5)
+        assert bool((same | ~seen).all()) and bool((out[:, keys:] == 7).all())
 
 
 @pytest.mark.parametrize("fp8", [False, True])
