@@ -15,48 +15,48 @@ from winnow.kernels.selection import Selection
 TOP_K = 2048
 
 
-def _best(scores: Callable[[int, int], Tensor], length: int) -> Selection:
+def _best(scores: Callable[[int, int], Tensor], length: int, top_k: int, device: str) -> Selection:
     """Top-k of scores(a, b) [b - a, b] of the queries a .. b, in chunks."""
-    indices = torch.full((length, TOP_K), -1, dtype=torch.int32, device="cuda")
-    counts = torch.arange(1, length + 1, device="cuda").clamp(max=TOP_K).int()
+    indices = torch.full((length, top_k), -1, dtype=torch.int32, device=device)
+    counts = torch.arange(1, length + 1, device=device).clamp(max=top_k).int()
     step = max(1, (1 << 28) // length)
     for a in range(0, length, step):
         b = min(length, a + step)
-        rows = torch.arange(a, b, device="cuda")[:, None]
-        hidden = torch.arange(b, device="cuda") > rows
-        chosen = scores(a, b).masked_fill_(hidden, -torch.inf).topk(min(TOP_K, b), 1).indices
+        rows = torch.arange(a, b, device=device)[:, None]
+        hidden = torch.arange(b, device=device) > rows
+        chosen = scores(a, b).masked_fill_(hidden, -torch.inf).topk(min(top_k, b), 1).indices
         chosen = torch.where(chosen <= rows, chosen, 1 << 30).sort(1).values
         indices[a:b, : chosen.shape[1]] = torch.where(chosen < 1 << 30, chosen, -1).int()
     return Selection(indices, counts)
 
 
-def local_sets(length: int, seed: int = 1) -> Selection:
+def local_sets(length: int, seed: int = 1, top_k: int = TOP_K, device: str = "cuda") -> Selection:
     """Sets with a trained indexer's kind of locality, synthetic.
 
     score(t, s) = importance of s, N(0, 1) + <u_t, v_s> + 2 exp(-(t - s) / 512); u and v are 32 numbers that share a topic for 256
     tokens (9/10 of u, 7/10 of v). Neighbours then share about 0.8 of their sets, some keys are everyone's, some a passage's.
     """
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device="cuda")
+        return torch.randn(*size, generator=generator, device=device)
 
     importance = normal(length)
     topic = normal(-(-length // 256), 32).repeat_interleave(256, 0)[:length]
     u = 0.9**0.5 * topic + 0.1**0.5 * normal(length, 32)
     v = (0.7**0.5 * topic + 0.3**0.5 * normal(length, 32)) / 32**0.5
-    place = torch.arange(length, device="cuda")
+    place = torch.arange(length, device=device)
 
     def scores(a: int, b: int) -> Tensor:
         distance = (place[a:b, None] - place[:b]).clamp(min=0)
         return u[a:b] @ v[:b].T + importance[:b] + 2 * torch.exp(-distance / 512.0)
 
-    return _best(scores, length)
+    return _best(scores, length, top_k, device)
 
 
 def uniform_sets(length: int, seed: int = 1) -> Selection:
     generator = torch.Generator("cuda").manual_seed(seed)
-    return _best(lambda a, b: torch.rand(b - a, b, generator=generator, device="cuda"), length)
+    return _best(lambda a, b: torch.rand(b - a, b, generator=generator, device="cuda"), length, TOP_K, "cuda")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Rows of our engine for `winnow bench rollout --suite`: decode steps, prefills, whole batches, start-up.
 
 Contexts are random numbers written straight into the cache: what a step costs does not depend on how they came there. A random indexer
-chooses positions all over the context, a trained one chooses more of its neighbours: its gathers are no slower.
+chooses positions all over the context, a trained one chooses more of its neighbours: its gathers are no slower. A prefill is faster with
+sets that neighbours share, so its rows have both: what the random indexer chooses, and synthetic sets of a trained one's locality.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from winnow.kernels.bench_sets import local_sets
 from winnow.rl.bench_models import SHAPES, random_model
 
 Note = Callable[[dict[str, Any]], None]  # takes a row as soon as it is measured
@@ -106,32 +109,67 @@ def fill(engine: Any) -> None:
     engine.forward.prefill = skip
 
 
+@contextmanager
+def choosing(sets: Any | None) -> Iterator[None]:
+    """Selections of one sequence are made as ever, and paid for, but attention gets those of `sets` (None: the ones made)."""
+    from winnow.kernels import ops
+    from winnow.kernels.selection import Selection
+
+    made = ops.select_packed, ops.select_prefill
+
+    def instead(choose: Callable[..., Any]) -> Callable[..., Any]:
+        def select(*args: Any) -> Any:
+            choose(*args)
+            positions = args[4]
+            return Selection(sets.indices[positions], sets.counts[positions])
+
+        return select
+
+    if sets is not None:
+        ops.select_packed, ops.select_prefill = (instead(choose) for choose in made)
+    try:
+        yield
+    finally:
+        ops.select_packed, ops.select_prefill = made
+
+
 def prefill_rows(shape: str, device: str, lengths: Sequence[int], note: Note) -> None:
+    model = build_model(shape, device)
+    for length in lengths:
+        for engine in ("sparse", "local sets", "dense"):
+            sets = (
+                local_sets(length, top_k=model.config.winnow["top_k"], device=device)
+                if engine == "local sets"
+                else None
+            )
+            with choosing(sets):
+                times = prefill_times(model, length, "dense" if engine == "dense" else "indexer")
+            best = statistics.median(times[1:])
+            note({"engine": engine, "row": f"prefill 1x{length}", "s": round(best, 4), "first_s": round(times[0], 3), "tokens_per_s": round(length / best, 1)})  # fmt: skip
+
+
+def prefill_times(model: Any, length: int, selector: str) -> list[float]:
+    """Seconds until the first token after `length` random ones, three times; the first compiles."""
     from winnow.rollout.engine import Engine, EngineConfig
     from winnow.rollout.schema import Sampling
 
-    model = build_model(shape, device)
-    for length in lengths:
-        for selector in ("indexer", "dense"):
-            config = EngineConfig(
-                page_size=PAGE, num_pages=-(-(length + 8) // PAGE) + 1, max_batch=1, prefill_chunk=CHUNK[model.device.type],
-                max_context=length + 8, selector=selector, cuda_graphs=False,
-            )  # fmt: skip
-            engine = Engine(model, None, config)
-            rng, times = np.random.default_rng(0), []
-            for number in range(3):  # the first compiles
-                prompt = rng.integers(0, engine.vocab, length).tolist()
-                settle(model.device)
-                start = time.perf_counter()
-                [sequence] = engine.add(prompt, Sampling(max_tokens=4), request_id=str(number))
-                while len(sequence.tokens) == length:
-                    engine.step()
-                settle(model.device)
-                times.append(time.perf_counter() - start)
-                engine.release(sequence)
-            best = statistics.median(times[1:])
-            note({"engine": "sparse" if selector == "indexer" else "dense", "row": f"prefill 1x{length}", "s": round(best, 4), "first_s": round(times[0], 3), "tokens_per_s": round(length / best, 1)})  # fmt: skip
-            del engine
+    config = EngineConfig(
+        page_size=PAGE, num_pages=-(-(length + 8) // PAGE) + 1, max_batch=1, prefill_chunk=CHUNK[model.device.type],
+        max_context=length + 8, selector=selector, cuda_graphs=False,
+    )  # fmt: skip
+    engine = Engine(model, None, config)
+    rng, times = np.random.default_rng(0), []
+    for number in range(3):
+        prompt = rng.integers(0, engine.vocab, length).tolist()
+        settle(model.device)
+        start = time.perf_counter()
+        [sequence] = engine.add(prompt, Sampling(max_tokens=4), request_id=str(number))
+        while len(sequence.tokens) == length:
+            engine.step()
+        settle(model.device)
+        times.append(time.perf_counter() - start)
+        engine.release(sequence)
+    return times
 
 
 def small_row(device: str, size: tuple[int, int, int]) -> dict[str, Any]:

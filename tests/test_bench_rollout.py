@@ -45,7 +45,7 @@ def test_the_suite_measures_what_its_rows_say(capsys):
         ("shared", "decode 3x96")
     ]
     assert names[5:] == [
-        *[(e, f"prefill 1x{n}") for n in (96, 130) for e in ("sparse", "dense")],
+        *[(e, f"prefill 1x{n}") for n in (96, 130) for e in ("sparse", "local sets", "dense")],
         ("sparse", "small 6x5"),
         ("fast", "parity"),
     ]
