@@ -69,16 +69,18 @@ def _words(bits, i, start, stop, member, SIZE: gl.constexpr):
 @gluon.jit
 def _soften(score, top, total, scale_log2, words, first, row, S: gl.constexpr, MODE: gl.constexpr, MASK: gl.constexpr):
     """Weights of a step, what earlier ones shrink by, and the new (top, total). first: the step's first key."""
-    n = gl.arange(0, STEP, layout=gl.SliceLayout(0, S))
+    n = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, S)), 0)
     if MASK:
         if MODE == CAUSAL:
-            chosen = gl.expand_dims(first + n, 0) <= gl.expand_dims(row, 1)
+            TEST: gl.constexpr = "{.reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p;}"
+            tested = [score, first + n, gl.expand_dims(row, 1)]
         else:
-            column = gl.expand_dims(n, 0)
-            upper = gl.where(column < 96, gl.expand_dims(words[2], 1), gl.expand_dims(words[3], 1))
-            lower = gl.where(column < 32, gl.expand_dims(words[0], 1), gl.expand_dims(words[1], 1))
-            chosen = (gl.where(column < 64, lower, upper) & (1 << (column & 31))) != 0
-        score = gl.where(chosen, score, float("-inf"))
+            TEST: gl.constexpr = "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
+            lower = gl.where(n < 32, gl.expand_dims(words[0], 1), gl.expand_dims(words[1], 1))
+            upper = gl.where(n < 96, gl.expand_dims(words[2], 1), gl.expand_dims(words[3], 1))
+            tested = [score, gl.where(n < 64, lower, upper), 1 << (n & 31)]
+        # By hand, because LLVM packs the answers of a plain `where` into words and takes them apart again.
+        score = gl.inline_asm_elementwise(TEST, "=f,f,r,r", tested, gl.float32, True, 1)
     new_top = gl.maximum(top, gl.max(score, 1))
     safe = gl.where(new_top == float("-inf"), 0.0, new_top) * scale_log2
     shrink = gl.exp2(top * scale_log2 - safe)
@@ -146,8 +148,11 @@ def _step(
     if SPLIT:
         mbarrier.arrive(k_free.index(now))
     weight, shrink, top, total = _soften(score, top, total, scale_log2, words, origin + i * STEP, row, S, MODE, MASK)
+    # A wait that is over: ptxas would move the one for the product above the softmax, but moves nothing across a branch.
     if SPLIT:
         mbarrier.wait(v_full.index(before), ((i - 1) // SLOTS) & 1)
+    else:
+        mbarrier.wait(k_full.index(0), 0)
     acc = warpgroup_mma_wait(0, deps=[acc])
     if SPLIT:
         mbarrier.arrive(v_free.index(before))
@@ -287,6 +292,8 @@ def _gqa_prefill_sm90(
             [4, 4], [232, 40],
         )  # fmt: skip
     else:
+        mbarrier.init(bars[0].index(0), 1)
+        mbarrier.arrive(bars[0].index(0))
         _attend(0, q, k, v, keys, bits, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, SPLIT)
 
 
