@@ -1,14 +1,14 @@
 """Grouped-query sparse attention of packed queries on SM90: the forward of sparse_prefill.py, scheduled by hand (Gluon).
 
-    step i      S = Q K(i)^T starts | O += P V(i-1) starts | softmax of S beside it | O is rescaled, P = the new weights
+    step i      S = Q K(i)^T starts | O += P V(i-1) starts | softmax of S | O is rescaled, P = the new weights
 
-so the tensor cores always have a product to do while a softmax runs. A block's 128 rows (queries x heads of a kv head) are two
-warpgroups of 64, which hold Q, S, P and O in registers and read K and V, 128 keys a step, from two rings in shared memory.
+so the tensor cores always have a product to do while a softmax runs. A block's 128 rows (queries x heads of a kv head) are those of two
+warpgroups, which hold Q, S, P and O in registers and read K and V, 128 keys a step, from two rings in shared memory.
 
-    split       (_split) each warpgroup goes at its own pace; a third one copies, and barriers say which slots of the rings are full and free
-    joint       (_joint) both take a step together and copy between their products
+    split   each warpgroup goes at its own pace, a third one copies; barriers say which slots of the rings are full and which are free
+    joint   both take a step together and copy between their products
 
-Keys are walked in list order by either, so their bits are the same.
+Either way a row meets its keys in the same order, and its bits are the same.
 """
 
 import torch
@@ -26,19 +26,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from winnow.kernels.mla_decode_sm90 import _barrier, _copy
 
 STEP = gl.constexpr(128)  # keys
-SLOTS = gl.constexpr(3)  # of each ring
-CAUSAL, WHOLE, LISTED = (gl.constexpr(x) for x in range(3))  # how keys are found and chosen: see `launch`
+SLOTS = gl.constexpr(3)  # of a ring
+CAUSAL, WHOLE, LISTED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # keys: see `launch`
 
 
 @gluon.jit
-def _start_copy(ring, i, source, keys, start, stop, origin, limit, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+def _start_copy(ring, i, source, keys, place, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr):
     """Begin to copy the keys of step i to their slot; zeros where there are none."""
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    _, _, origin, limit, start, stop = place
     n = gl.arange(0, STEP, layout=gl.SliceLayout(1, COPY))
     cols = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, COPY)), 0)
     if MODE == LISTED:
         entry = start + i * STEP
-        key = gl.load(keys + entry + n, mask=entry + n < stop, other=-1)
+        key = gl.load(keys + entry + n, mask=n < stop - entry, other=-1)
         at = gl.expand_dims(source + key.to(gl.int64) * (HKV * D) + kv * D, 1) + cols
         there = key >= 0
     else:
@@ -55,206 +56,202 @@ def _scores(query, ring, i, S: gl.constexpr):
 
 
 @gluon.jit
-def _words(bits, i, start, stop, member, SIZE: gl.constexpr):
-    """The four words of a row in step i; none past the stop."""
+def _words(bits, i, place, member, PACK: gl.constexpr, MODE: gl.constexpr):
+    """The four words of each row in step i, 0 past the stop. Nothing where keys are chosen by their places."""
+    _, _, _, _, start, stop = place
+    if MODE == CAUSAL:
+        return member, member, member, member
+    SIZE: gl.constexpr = 128 // PACK
     entry = start + i * STEP
     at = bits + (entry // 32).to(gl.int64) * SIZE + member
-    first, second = entry < stop, entry + 64 < stop
+    lower, upper = entry < stop, entry + 64 < stop
     return (
-        gl.load(at, mask=first, other=0), gl.load(at + SIZE, mask=first, other=0),
-        gl.load(at + 2 * SIZE, mask=second, other=0), gl.load(at + 3 * SIZE, mask=second, other=0),
+        gl.load(at, mask=lower, other=0), gl.load(at + SIZE, mask=lower, other=0),
+        gl.load(at + 2 * SIZE, mask=upper, other=0), gl.load(at + 3 * SIZE, mask=upper, other=0),
     )  # fmt: skip
 
 
 @gluon.jit
-def _soften(score, top, total, scale_log2, words, first, row, S: gl.constexpr, MODE: gl.constexpr, MASK: gl.constexpr):
-    """Weights of a step, what earlier ones shrink by, and the new (top, total). first: the step's first key."""
-    n = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, S)), 0)
+def _soften(score, top, total, scale_log2, words, first, row, MODE: gl.constexpr, MASK: gl.constexpr):
+    """(weights, what earlier ones shrink by, top, total) of a step whose first key is `first`. top: of the scores times scale_log2."""
     if MASK:
+        n = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, score.type.layout)), 0)
         if MODE == CAUSAL:
-            TEST: gl.constexpr = "{.reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p;}"
-            tested = [score, first + n, gl.expand_dims(row, 1)]
+            ASK: gl.constexpr = "{.reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p;}"
+            asked = [score, first + n, gl.expand_dims(row, 1)]
         else:
-            TEST: gl.constexpr = "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
+            ASK: gl.constexpr = "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
             lower = gl.where(n < 32, gl.expand_dims(words[0], 1), gl.expand_dims(words[1], 1))
             upper = gl.where(n < 96, gl.expand_dims(words[2], 1), gl.expand_dims(words[3], 1))
-            tested = [score, gl.where(n < 64, lower, upper), 1 << (n & 31)]
-        # By hand, because LLVM packs the answers of a plain `where` into words and takes them apart again.
-        score = gl.inline_asm_elementwise(TEST, "=f,f,r,r", tested, gl.float32, True, 1)
-    new_top = gl.maximum(top, gl.max(score, 1))
-    safe = gl.where(new_top == float("-inf"), 0.0, new_top) * scale_log2
-    shrink = gl.exp2(top * scale_log2 - safe)
+            asked = [score, gl.where(n < 64, lower, upper), 1 << (n & 31)]
+        # By hand, because LLVM gathers the answers of a plain `where` in words and takes them apart again.
+        score = gl.inline_asm_elementwise(ASK, "=f,f,r,r", asked, gl.float32, True, 1)
+    new_top = gl.maximum(top, gl.max(score, 1) * scale_log2)
+    safe = gl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = gl.exp2(top - safe)
     weight = gl.exp2(score * scale_log2 - gl.expand_dims(safe, 1))
     return weight, shrink, new_top, total * shrink + gl.sum(weight, 1)
 
 
 @gluon.jit
 def _pack(weight, KIND: gl.constexpr):
-    """fp32 [rows, 128] as pairs of 16 bits [rows, 64]: what goes around a loop unpacked takes a register a number."""
+    """fp32 [rows, 128] as pairs of 16 bits, int32 [rows, 64]: what goes around a loop unpacked takes a register a number."""
     even, odd = gl.split(gl.reshape(weight, [weight.shape[0], STEP // 2, 2]))
-    CONVERT: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if KIND == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(CONVERT, "=r,f,f", [even, odd], gl.int32, True, 1)
+    ROUND: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if KIND == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(ROUND, "=r,f,f", [even, odd], gl.int32, True, 1)
 
 
 @gluon.jit
-def _unpack(pairs, KIND: gl.constexpr, OUT: gl.constexpr):
-    """As the left operand of a product of layout OUT."""
+def _add_values(acc, pairs, ring, i, KIND: gl.constexpr):
+    """Begin acc += weights [rows, 128] times the values of step i."""
     even, odd = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.int16, gl.int16), True, 1)
     weights = gl.reshape(gl.join(even, odd), [pairs.shape[0], STEP]).to(KIND, bitcast=True)
-    return gl.convert_layout(weights, gl.DotOperandLayout(0, OUT, 2))
-
-
-@gluon.jit
-def _rows(place, kv, half, ROWS: gl.constexpr, LAYOUT: gl.constexpr, HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr):
-    """Of a warpgroup's rows: the query in its block, the packed row of q and out, and whether there is one."""
-    row0, num = place[0], place[1]
-    m = half * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
-    query, member = m // PACK, m % PACK
-    head = (row0 + query).to(gl.int64) * (HKV * GROUP) + kv * GROUP + member
-    return query, head, (query < num) & (member < GROUP)
+    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, acc.type.layout, 2))
+    return warpgroup_mma(weights, ring.index(i % SLOTS), acc, is_async=True)
 
 
 @gluon.jit
 def _step(
-    i, top, total, acc, weights, query, member, row, place, k, v, keys, bits, rings, bars, kv, scale_log2,
-    S: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, MODE: gl.constexpr, MASK: gl.constexpr, SPLIT: gl.constexpr,
+    i, top, total, acc, pairs, query, member, row, tensors, place, rings, bars, kv, scale_log2,
+    HKV: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, MASK: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """S(i) and its softmax beside the product of the weights of step i - 1 with their values."""
-    _, _, origin, limit, start, stop = place
+    """S(i) and its softmax beside the product of the weights of step i - 1 and their values."""
+    _, k, v, keys, bits = tensors
     k_ring, v_ring = rings
     k_full, v_full, k_free, v_free = bars
-    now, before = i % SLOTS, (i - 1) % SLOTS
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, STEP, 16])
     if SPLIT:
-        mbarrier.wait(k_full.index(now), (i // SLOTS) & 1)
+        mbarrier.wait(k_full.index(i % SLOTS), (i // SLOTS) & 1)
         fence_async_shared()
         score = _scores(query, k_ring, i, S)
-        mbarrier.wait(v_full.index(before), ((i - 1) // SLOTS) & 1)
+        mbarrier.wait(v_full.index((i - 1) % SLOTS), ((i - 1) // SLOTS) & 1)
         fence_async_shared()
+        acc = _add_values(acc, pairs, v_ring, i - 1, v.dtype.element_ty)
     else:
         async_copy.wait_group(1)
         fence_async_shared()
-        _barrier()  # K(i) and V(i - 1) are there, and all have done with K(i - 1) and V(i - 2)
+        _barrier()  # K(i) and V(i - 1) are there for all warps, and all have done with K(i - 1) and V(i - 2)
         score = _scores(query, k_ring, i, S)
-    OUT: gl.constexpr = acc.type.layout
-    acc = warpgroup_mma(_unpack(weights, v.dtype.element_ty, OUT), v_ring.index(before), acc, is_async=True)
-    if not SPLIT:
-        _start_copy(k_ring, i + 2, k, keys, start, stop, origin, limit, kv, HKV, D, MODE, 8)
-        _start_copy(v_ring, i + 1, v, keys, start, stop, origin, limit, kv, HKV, D, MODE, 8)
+        acc = _add_values(acc, pairs, v_ring, i - 1, v.dtype.element_ty)
+        _start_copy(k_ring, i + 2, k, keys, place, kv, HKV, D, MODE)
+        _start_copy(v_ring, i + 1, v, keys, place, kv, HKV, D, MODE)
         async_copy.commit_group()
-    words = (i, i, i, i)
-    if MODE != CAUSAL:
-        words = _words(bits, i, start, stop, member, SIZE)
+    words = _words(bits, i, place, member, PACK, MODE)
     score = warpgroup_mma_wait(1, deps=[score])
     if SPLIT:
-        mbarrier.arrive(k_free.index(now))
-    weight, shrink, top, total = _soften(score, top, total, scale_log2, words, origin + i * STEP, row, S, MODE, MASK)
-    # A wait that is over: ptxas would move the one for the product above the softmax, but moves nothing across a branch.
+        mbarrier.arrive(k_free.index(i % SLOTS))
+    weight, shrink, top, total = _soften(score, top, total, scale_log2, words, place[2] + i * STEP, row, MODE, MASK)
+    # Waits for what is there: ptxas would move the wait for the product above the softmax, but moves nothing across a branch.
     if SPLIT:
-        mbarrier.wait(v_full.index(before), ((i - 1) // SLOTS) & 1)
+        mbarrier.wait(v_full.index((i - 1) % SLOTS), ((i - 1) // SLOTS) & 1)
     else:
         mbarrier.wait(k_full.index(0), 0)
     acc = warpgroup_mma_wait(0, deps=[acc])
     if SPLIT:
-        mbarrier.arrive(v_free.index(before))
+        mbarrier.arrive(v_free.index((i - 1) % SLOTS))
+    OUT: gl.constexpr = acc.type.layout
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
     return top, total, acc, _pack(weight, v.dtype.element_ty)
 
 
 @gluon.jit
+def _rows(place, kv, half, ROWS: gl.constexpr, LAYOUT: gl.constexpr, HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr):
+    """Of each row: its query in the block, its place among [T * H], and whether there is one."""
+    m = half * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
+    query, head = m // PACK, m % PACK
+    at = (place[0] + query).to(gl.int64) * (HKV * GROUP) + kv * GROUP + head
+    return query, at, (query < place[1]) & (head < GROUP)
+
+
+@gluon.jit
 def _attend(
-    half, q, k, v, keys, bits, out, lse, place, rings, bars, kv, scale_log2,
+    half, tensors, out, lse, place, rings, bars, kv, scale_log2,
     HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """The rows of one warpgroup (SPLIT) or both."""
+    """The rows of one warpgroup where SPLIT, of both elsewhere."""
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = 16 * WARPS
-    SIZE: gl.constexpr = 128 // PACK
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, STEP, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, D, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    row0, _, origin, limit, start, stop = place
+    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    q, k, v, keys, bits = tensors
+    _, num, origin, limit, start, stop = place
     k_ring, v_ring = rings
-    k_full, v_full, k_free, v_free = bars
+    k_full, v_full, k_free, _ = bars
 
-    _, head, inside = _rows(place, kv, half, ROWS, gl.SliceLayout(1, A), HKV, GROUP, PACK)
-    at = gl.expand_dims(q + head * D, 1) + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, A)), 0)
+    _, at, inside = _rows(place, kv, half, ROWS, gl.SliceLayout(1, Q), HKV, GROUP, PACK)
+    at = gl.expand_dims(q + at * D, 1) + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, Q)), 0)
     query = gl.load(at, mask=gl.expand_dims(inside, 1), other=0.0)
-    member, head, inside = _rows(place, kv, half, ROWS, gl.SliceLayout(1, S), HKV, GROUP, PACK)
-    own = limit - place[1]  # row of the first query's own key
-    row = own + member
-
+    member, at, inside = _rows(place, kv, half, ROWS, gl.SliceLayout(1, S), HKV, GROUP, PACK)
+    row = limit - num + member  # of the query's own key
     steps = gl.maximum((stop - start + STEP - 1) // STEP, 1)
     if SPLIT:
         mbarrier.wait(k_full.index(0), 0)
     else:
-        _start_copy(k_ring, 0, k, keys, start, stop, origin, limit, kv, HKV, D, MODE, 8)
+        _start_copy(k_ring, 0, k, keys, place, kv, HKV, D, MODE)
         async_copy.commit_group()
-        _start_copy(k_ring, 1, k, keys, start, stop, origin, limit, kv, HKV, D, MODE, 8)
-        _start_copy(v_ring, 0, v, keys, start, stop, origin, limit, kv, HKV, D, MODE, 8)
-        async_copy.commit_group()
-        _start_copy(k_ring, 2, k, keys, start, stop, origin, limit, kv, HKV, D, MODE, 8)
-        _start_copy(v_ring, 1, v, keys, start, stop, origin, limit, kv, HKV, D, MODE, 8)
-        async_copy.commit_group()
+        for i in gl.static_range(2):
+            _start_copy(k_ring, i + 1, k, keys, place, kv, HKV, D, MODE)
+            _start_copy(v_ring, i, v, keys, place, kv, HKV, D, MODE)
+            async_copy.commit_group()
         async_copy.wait_group(2)
         _barrier()
     fence_async_shared()
     score = _scores(query, k_ring, 0, S)
-    words = (start, start, start, start)
-    if MODE != CAUSAL:
-        words = _words(bits, 0, start, stop, member, SIZE)
+    words = _words(bits, 0, place, member, PACK, MODE)
     score = warpgroup_mma_wait(0, deps=[score])
     if SPLIT:
         mbarrier.arrive(k_free.index(0))
     top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
     total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S))
-    weight, _, top, total = _soften(score, top, total, scale_log2, words, origin, row, S, MODE, True)
-    weights = _pack(weight, v.dtype.element_ty)
+    weight, _, top, total = _soften(score, top, total, scale_log2, words, origin, row, MODE, True)
+    pairs = _pack(weight, v.dtype.element_ty)
     acc = gl.zeros([ROWS, D], gl.float32, layout=OUT)
-    middle = 1
-    if MODE == CAUSAL:  # steps whose keys all rows see
-        middle = gl.minimum(gl.maximum((own + half * ROWS // PACK + 1 - origin) // STEP, 1), steps)
-        for i in range(1, middle):
-            top, total, acc, weights = _step(
-                i, top, total, acc, weights, query, member, row, place, k, v, keys, bits, rings, bars, kv, scale_log2,
-                S, HKV, D, SIZE, MODE, False, SPLIT,
+    masked = 1
+    if MODE == CAUSAL:  # the steps whose keys all rows see come first
+        masked = gl.minimum(gl.maximum((limit - num + half * ROWS // PACK + 1 - origin) // STEP, 1), steps)
+        for i in range(1, masked):
+            top, total, acc, pairs = _step(
+                i, top, total, acc, pairs, query, member, row, tensors, place, rings, bars, kv, scale_log2,
+                HKV, PACK, D, MODE, False, SPLIT,
             )  # fmt: skip
-    for i in range(middle, steps):
-        top, total, acc, weights = _step(
-            i, top, total, acc, weights, query, member, row, place, k, v, keys, bits, rings, bars, kv, scale_log2,
-            S, HKV, D, SIZE, MODE, True, SPLIT,
+    for i in range(masked, steps):
+        top, total, acc, pairs = _step(
+            i, top, total, acc, pairs, query, member, row, tensors, place, rings, bars, kv, scale_log2,
+            HKV, PACK, D, MODE, True, SPLIT,
         )  # fmt: skip
-    last = steps - 1
     if SPLIT:
-        mbarrier.wait(v_full.index(last % SLOTS), (last // SLOTS) & 1)
+        mbarrier.wait(v_full.index((steps - 1) % SLOTS), ((steps - 1) // SLOTS) & 1)
+        fence_async_shared()
     else:
         async_copy.wait_group(0)
+        fence_async_shared()
         _barrier()
-    fence_async_shared()
-    acc = warpgroup_mma(_unpack(weights, v.dtype.element_ty, OUT), v_ring.index(last % SLOTS), acc, is_async=True)
+    acc = _add_values(acc, pairs, v_ring, steps - 1, v.dtype.element_ty)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
     norm = gl.where(total > 0, total, 1.0)
-    value = gl.where(total > 0, (top * scale_log2 + gl.log2(norm)) * 0.6931471805599453, float("-inf"))
-    gl.store(lse + head, value, mask=inside)
+    value = gl.where(total > 0, (top + gl.log2(norm)) * 0.6931471805599453, float("-inf"))
+    gl.store(lse + at, value, mask=inside)
     acc = acc * gl.expand_dims(gl.convert_layout(1.0 / norm, gl.SliceLayout(1, OUT)), 1)
-    _, head, inside = _rows(place, kv, half, ROWS, gl.SliceLayout(1, OUT), HKV, GROUP, PACK)
-    at = gl.expand_dims(out + head * D, 1) + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, OUT)), 0)
+    _, at, inside = _rows(place, kv, half, ROWS, gl.SliceLayout(1, OUT), HKV, GROUP, PACK)
+    at = gl.expand_dims(out + at * D, 1) + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, OUT)), 0)
     gl.store(at, acc.to(out.dtype.element_ty), mask=gl.expand_dims(inside, 1))
 
 
 @gluon.jit
-def _feed(k, v, keys, place, rings, bars, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr):
+def _feed(tensors, place, rings, bars, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr):
     """Copy the keys and values of every step as slots come free."""
-    _, _, origin, limit, start, stop = place
+    _, k, v, keys, _ = tensors
     k_ring, v_ring = rings
     k_full, v_full, k_free, v_free = bars
-    for i in range(0, gl.maximum((stop - start + STEP - 1) // STEP, 1)):
-        slot, phase = i % SLOTS, ((i // SLOTS) & 1) ^ 1
-        mbarrier.wait(k_free.index(slot), phase)
-        _start_copy(k_ring, i, k, keys, start, stop, origin, limit, kv, HKV, D, MODE, 4)
+    for i in range(0, gl.maximum((place[5] - place[4] + STEP - 1) // STEP, 1)):
+        slot, before = i % SLOTS, ((i // SLOTS) & 1) ^ 1  # a first use waits for nothing
+        mbarrier.wait(k_free.index(slot), before)
+        _start_copy(k_ring, i, k, keys, place, kv, HKV, D, MODE)
         async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-        mbarrier.wait(v_free.index(slot), phase)
-        _start_copy(v_ring, i, v, keys, start, stop, origin, limit, kv, HKV, D, MODE, 4)
+        mbarrier.wait(v_free.index(slot), before)
+        _start_copy(v_ring, i, v, keys, place, kv, HKV, D, MODE)
         async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
 
 
@@ -264,54 +261,59 @@ def _gqa_prefill_sm90(
     HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     kv, block = gl.program_id(0) % HKV, blocks - 1 - gl.program_id(0) // HKV  # the longest lists first
     row0, num = gl.load(first + begin + block), gl.load(rows + begin + block)
-    limit = row0 + num + gl.load(shift + begin + block)  # one past the last query's own key
+    limit = row0 + num + gl.load(shift + begin + block)  # the row after the last query's own key
+    # First query's row, number of queries, first key's row, limit, where the list begins and ends.
     place = (row0, num, gl.load(origin + begin + block), limit, gl.load(offsets + block), gl.load(stops + block))
-    rings = (
-        gl.allocate_shared_memory(k.dtype.element_ty, [SLOTS, STEP, D], TILE),
-        gl.allocate_shared_memory(v.dtype.element_ty, [SLOTS, STEP, D], TILE),
-    )
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    bars = (
-        gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER), gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER), gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
-    )  # fmt: skip
+    tensors = (q, k, v, keys, bits)
+    k_ring = gl.allocate_shared_memory(k.dtype.element_ty, [SLOTS, STEP, D], TILE)
+    v_ring = gl.allocate_shared_memory(v.dtype.element_ty, [SLOTS, STEP, D], TILE)
+    k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    k_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    v_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    rings, bars = (k_ring, v_ring), (k_full, v_full, k_free, v_free)
     if SPLIT:
         for slot in gl.static_range(SLOTS):
-            mbarrier.init(bars[0].index(slot), 128)  # every thread that copies
-            mbarrier.init(bars[1].index(slot), 128)
-            mbarrier.init(bars[2].index(slot), 2)  # the warpgroups that read
-            mbarrier.init(bars[3].index(slot), 2)
+            mbarrier.init(k_full.index(slot), 128)  # the threads that copy
+            mbarrier.init(v_full.index(slot), 128)
+            mbarrier.init(k_free.index(slot), 2)  # the warpgroups that read
+            mbarrier.init(v_free.index(slot), 2)
         gl.warp_specialize(
             [
-                (_attend, (0, q, k, v, keys, bits, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, SPLIT)),
-                (_attend, (1, q, k, v, keys, bits, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, SPLIT)),
-                (_feed, (k, v, keys, place, rings, bars, kv, HKV, D, MODE)),
+                (_attend, (0, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, SPLIT)),
+                (_attend, (1, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, SPLIT)),
+                (_feed, (tensors, place, rings, bars, kv, HKV, D, MODE)),
             ],
-            [4, 4], [232, 40],
-        )  # fmt: skip
+            [4, 4],
+            [232, 40],
+        )
     else:
-        mbarrier.init(bars[0].index(0), 1)
-        mbarrier.arrive(bars[0].index(0))
-        _attend(0, q, k, v, keys, bits, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, SPLIT)
+        mbarrier.init(k_full.index(0), 1)
+        mbarrier.arrive(k_full.index(0))
+        _attend(0, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, SPLIT)
 
 
 def launch(q, k, v, out, lse, lists, scale, split=True):
-    """Fill out and lse for the queries of one piece of lists: all contiguous. Arguments as those of `sparse_prefill.forward_piece`."""
+    """Fill out and lse for the queries of one piece, all contiguous: the arguments of `sparse_prefill.forward_piece`.
+
+    Keys of a block are CAUSAL where its list has no bits, WHOLE where it has them and lies at the block's origin, LISTED elsewhere.
+    """
     kv_heads, dim = k.shape[1:]
     group, blocks, host = q.shape[1] // kv_heads, lists.end - lists.begin, lists.blocks
-    mode = CAUSAL if lists.bits is None else WHOLE if lists.fixed else LISTED
+    mode, bits = (CAUSAL, lists.keys) if lists.bits is None else (WHOLE if lists.fixed else LISTED, lists.bits)
     _gqa_prefill_sm90[(blocks * kv_heads,)](
-        q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, lists.stops, host.first, host.rows, host.origin, host.shift, lists.begin,
+        q, k, v, out, lse, lists.keys, bits, lists.offsets, lists.stops, host.first, host.rows, host.origin, host.shift, lists.begin,
         blocks, scale * 1.4426950408889634,
-        HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, MODE=mode, SPLIT=split,
+        HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, MODE=mode.value, SPLIT=split,
         num_warps=4 if split else 8, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def fits(q, k, size, scale):
-    """Whether this kernel takes these tensors in blocks of `size` queries: SM90, 16 bits, 128 rows of 64 or 128 numbers, a positive scale."""
+    """Whether this kernel takes these tensors in blocks of `size` queries: SM90, 16 bits, 128 rows of 64 or 128 numbers, scale above 0."""
     return (
         q.is_cuda
         and q.dtype == k.dtype

@@ -99,6 +99,19 @@ def attention_kernels(sm):
         ), shape | {"BLOCK_N": block_n, "ATOMIC": False}, warps, stages  # fmt: skip
 
 
+def gluon_attention_kernels(sm):
+    if sm != 90:
+        return
+    from winnow.kernels import gqa_prefill_sm90 as gluon
+
+    types = dict.fromkeys(("q", "k", "v", "out"), BF16) | dict(lse=FP32, begin="i32", blocks="i32", scale_log2="fp32")
+    types |= dict.fromkeys(("keys", "bits", "offsets", "stops", "first", "rows", "origin", "shift"), I32)
+    modes = {"causal": gluon.CAUSAL, "whole": gluon.WHOLE, "listed": gluon.LISTED}
+    for mode, dim, split in (("causal", 128, True), ("whole", 64, True), ("listed", 128, True), ("listed", 128, False)):
+        yield f"gqa prefill {mode} D {dim} split {split}", gluon._gqa_prefill_sm90, types, {
+            "HKV": 8, "GROUP": 3, "PACK": 4, "D": dim, "MODE": modes[mode].value, "SPLIT": split}, 4 if split else 8, 1  # fmt: skip
+
+
 def mla_kernels(sm):
     from winnow.kernels import mla_backward
 
@@ -177,6 +190,7 @@ def kernels(sm):
     yield from list_kernels(sm)
     yield from row_kernels(sm)
     yield from attention_kernels(sm)
+    yield from gluon_attention_kernels(sm)
     yield from mla_kernels(sm)
     yield from kl_kernels(sm)
     yield from logprob_kernels(sm)
