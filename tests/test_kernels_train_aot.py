@@ -106,10 +106,13 @@ def gluon_attention_kernels(sm):
 
     types = dict.fromkeys(("q", "k", "v", "out"), BF16) | dict(lse=FP32, begin="i32", blocks="i32", scale_log2="fp32")
     types |= dict.fromkeys(("keys", "bits", "offsets", "stops", "first", "rows", "origin", "shift"), I32)
-    modes = {"causal": gluon.CAUSAL, "whole": gluon.WHOLE, "listed": gluon.LISTED}
-    for mode, dim, split in (("causal", 128, True), ("whole", 64, True), ("listed", 128, True), ("listed", 128, False)):
-        yield f"gqa prefill {mode} D {dim} split {split}", gluon._gqa_prefill_sm90, types, {
-            "HKV": 8, "GROUP": 3, "PACK": 4, "D": dim, "MODE": modes[mode].value, "SPLIT": split}, 4 if split else 8, 1  # fmt: skip
+    cases = [("CAUSAL", "BULK", 128), ("WHOLE", "BULK", 64), ("LISTED", "SPLIT", 128), ("LISTED", "JOINT", 128)]
+    for mode, plan, dim in cases:
+        rows = dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<bf16[128, {dim}],{gluon.TILE.value!r}>")
+        bulk = plan == "BULK"
+        yield f"gqa prefill {mode} {plan} D {dim}", gluon._gqa_prefill_sm90, types | (rows if bulk else {}), {
+            "HKV": 8, "GROUP": 3, "PACK": 4, "D": dim, "MODE": getattr(gluon, mode).value, "PLAN": getattr(gluon, plan).value,
+        } | ({} if bulk else dict.fromkeys(rows)), 8 if plan == "JOINT" else 4, 1  # fmt: skip
 
 
 def mla_kernels(sm):
