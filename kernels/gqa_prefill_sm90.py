@@ -104,11 +104,15 @@ def _soften(score, top, total, scale_log2, words, first, row, MODE: gl.constexpr
             upper = gl.where(n < 96, gl.expand_dims(words[2], 1), gl.expand_dims(words[3], 1))
             word = gl.where(n < 64, lower, upper)
             score = _if("and.b32 t, $2, $3; setp.ne.b32 p, t, 0;", score, word, 1 << (n & 31))
-    new_top = gl.maximum(top, gl.max(score, 1) * scale_log2)
+    # In eight chains, which are short; sums stay in their threads until the end.
+    highest = gl.max(gl.max(gl.reshape(score, [score.shape[0], STEP // 8, 8]), 1), 1)
+    new_top = gl.maximum(top, gl.convert_layout(highest, top.type.layout) * scale_log2)
     safe = gl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = gl.exp2(top - safe)
     weight = gl.exp2(score * scale_log2 - gl.expand_dims(safe, 1))
-    return weight, shrink, new_top, total * shrink + gl.sum(weight, 1)
+    part = gl.sum(gl.reshape(weight, [score.shape[0], STEP // 8, 8]), 1)
+    total = total * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, part.type.layout)), 1) + part
+    return weight, shrink, new_top, total
 
 
 @gluon.jit
@@ -219,8 +223,7 @@ def _attend(
     if PLAN != JOINT:
         mbarrier.arrive(k_free.index(0))
     top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
-    total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S))
-    weight, _, top, total = _soften(score, top, total, scale_log2, words, origin, row, MODE, True)
+    weight, _, top, total = _soften(score, top, 0.0, scale_log2, words, origin, row, MODE, True)
     pairs = _pack(weight, v.dtype.element_ty)
     acc = gl.zeros([ROWS, D], gl.float32, layout=OUT)
     masked = 1
@@ -245,6 +248,7 @@ def _attend(
     acc = _add_values(acc, pairs, v_ring, steps - 1, v.dtype.element_ty)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S))
     norm = gl.where(total > 0, total, 1.0)
     value = gl.where(total > 0, (top + gl.log2(norm)) * 0.6931471805599453, float("-inf"))
     gl.store(lse + at, value, mask=inside)
@@ -319,7 +323,7 @@ def _gqa_prefill_sm90(
                 (_feed, (tensors, k_rows, v_rows, place, rings, bars, kv, HKV, D, MODE, PLAN)),
             ],
             [4, 4],
-            [232, 40],
+            [232, 40] if PLAN == SPLIT else [240, 24],
         )
     else:
         mbarrier.init(k_full.index(0), 1)
