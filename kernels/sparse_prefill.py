@@ -153,6 +153,12 @@ def forward_piece(
     group = q.shape[1] // kv_heads
     blocks = lists.end - lists.begin
     host = lists.blocks
+    if plan[1] == UNIT and capability(q.device) // 10 == 9:
+        from winnow.kernels import gqa_prefill_sm90  # Gluon
+
+        if gqa_prefill_sm90.fits(q, k, host.size, scale):
+            gqa_prefill_sm90.launch(q, k, v, out, lse, lists, scale)
+            return
     _forward[(blocks * kv_heads,)](
         q, k, v, out, lse, lists.keys, lists.bits, lists.offsets, lists.stops, host.first, host.rows, host.origin, host.shift, lists.begin,
         blocks, scale * LOG2E,

@@ -103,6 +103,22 @@ def attention_kernels(sm):
         ), shape | {"BLOCK_N": block_n, "ATOMIC": False}, warps, stages  # fmt: skip
 
 
+def gluon_attention_kernels(sm):
+    if sm != 90:
+        return
+    from winnow.kernels import gqa_prefill_sm90 as gluon
+
+    types = dict.fromkeys(("q", "k", "v", "out"), BF16) | dict(lse=FP32, begin="i32", blocks="i32", scale_log2="fp32")
+    types |= dict.fromkeys(("keys", "bits", "offsets", "stops", "first", "rows", "origin", "shift"), I32)
+    cases = [("CAUSAL", "BULK", 128), ("WHOLE", "BULK", 64), ("LISTED", "SPLIT", 128), ("LISTED", "JOINT", 128)]
+    for mode, plan, dim in cases:
+        rows = dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<bf16[128, {dim}],{gluon.TILE.value!r}>")
+        bulk = plan == "BULK"
+        yield f"gqa prefill {mode} {plan} D {dim}", gluon._gqa_prefill_sm90, types | (rows if bulk else {}), {
+            "HKV": 8, "GROUP": 3, "PACK": 4, "D": dim, "MODE": getattr(gluon, mode).value, "PLAN": getattr(gluon, plan).value,
+        } | ({} if bulk else dict.fromkeys(rows)), 8 if plan == "JOINT" else 4, 1  # fmt: skip
+
+
 def mla_kernels(sm):
     from winnow.kernels import mla_backward
 
@@ -181,6 +197,7 @@ def kernels(sm):
     yield from list_kernels(sm)
     yield from row_kernels(sm)
     yield from attention_kernels(sm)
+    yield from gluon_attention_kernels(sm)
     yield from mla_kernels(sm)
     yield from kl_kernels(sm)
     yield from logprob_kernels(sm)
