@@ -36,16 +36,36 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidt
 _bulk_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton 3.9, 3.6
 
 
+@gluon.constexpr_function
+def _line(dim):
+    """Which of 128 rows a thread of four warps holds: one of the 32 that its warp copies in `_start_copy`, where dim / 8 threads share a row."""
+    share, rows = dim // 8, 256 // dim
+    lanes = [[4 * rows << n] for n in range(share.bit_length() - 1)] + [[1 << n] for n in range(rows.bit_length() - 1)]
+    return gl.DistributedLinearLayout([], lanes, [[rows], [2 * rows]], [], [128])
+
+
 @gluon.jit
-def _start_copy(ring, i, source, keys, place, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr):
-    """Begin to copy the keys of step i to their slot; zeros where there are none."""
+def _listed(keys, i, place, D: gl.constexpr):
+    """The keys of step i, -1 past the stop: one a thread, of the 32 rows that its warp will copy. Read a step before they are needed."""
+    LINE: gl.constexpr = _line(D)
+    entry = place[4] + i * STEP
+    n = gl.arange(0, STEP, layout=LINE)
+    return gl.load(keys + entry + n, mask=n < place[5] - entry, other=-1)
+
+
+@gluon.jit
+def _start_copy(ring, i, source, keys, place, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, READ: gl.constexpr):  # fmt: skip
+    """Begin to copy the keys of step i to their slot; zeros where there are none. READ: keys is `_listed` of the step."""
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     _, _, origin, limit, start, stop = place
     n = gl.arange(0, STEP, layout=gl.SliceLayout(1, COPY))
     cols = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, COPY)), 0)
     if MODE == LISTED:
         entry = start + i * STEP
-        key = gl.load(keys + entry + n, mask=n < stop - entry, other=-1)
+        if READ:
+            key = gl.convert_layout(keys, gl.SliceLayout(1, COPY))  # within a warp
+        else:
+            key = gl.load(keys + entry + n, mask=n < stop - entry, other=-1)
         at = gl.expand_dims(source + key.to(gl.int64) * (HKV * D) + kv * D, 1) + cols
         there = key >= 0
     else:
@@ -153,8 +173,8 @@ def _step(
         _barrier()  # K(i) and V(i - 1) are there for all warps, and all have done with K(i - 1) and V(i - 2)
         score = _scores(query, k_ring, i, S)
         acc = _add_values(acc, pairs, v_ring, i - 1, v.dtype.element_ty)
-        _start_copy(k_ring, i + 2, k, keys, place, kv, HKV, D, MODE)
-        _start_copy(v_ring, i + 1, v, keys, place, kv, HKV, D, MODE)
+        _start_copy(k_ring, i + 2, k, keys, place, kv, HKV, D, MODE, False)
+        _start_copy(v_ring, i + 1, v, keys, place, kv, HKV, D, MODE, False)
         async_copy.commit_group()
     words = _words(bits, i, place, member, PACK, MODE)
     score = warpgroup_mma_wait(1, deps=[score])
@@ -208,11 +228,11 @@ def _attend(
     if PLAN != JOINT:
         _wait_full(k_full, 0, PLAN)
     else:
-        _start_copy(k_ring, 0, k, keys, place, kv, HKV, D, MODE)
+        _start_copy(k_ring, 0, k, keys, place, kv, HKV, D, MODE, False)
         async_copy.commit_group()
         for i in gl.static_range(2):
-            _start_copy(k_ring, i + 1, k, keys, place, kv, HKV, D, MODE)
-            _start_copy(v_ring, i, v, keys, place, kv, HKV, D, MODE)
+            _start_copy(k_ring, i + 1, k, keys, place, kv, HKV, D, MODE, False)
+            _start_copy(v_ring, i, v, keys, place, kv, HKV, D, MODE, False)
             async_copy.commit_group()
         async_copy.wait_group(2)
         fence_async_shared()
@@ -264,7 +284,7 @@ def _fill_slot(ring, full, free, i, source, rows, keys, place, kv, HKV: gl.const
     slot = i % SLOTS
     mbarrier.wait(free.index(slot), ((i // SLOTS) & 1) ^ 1)  # its first use waits for nothing
     if PLAN == SPLIT:
-        _start_copy(ring, i, source, keys, place, kv, HKV, D, MODE)
+        _start_copy(ring, i, source, keys, place, kv, HKV, D, MODE, MODE == LISTED)
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
     else:
         key = place[2] + i * STEP
@@ -272,7 +292,7 @@ def _fill_slot(ring, full, free, i, source, rows, keys, place, kv, HKV: gl.const
             mbarrier.expect(full.index(slot), 2 * STEP * D)
             _bulk_copy(rows, [key, kv * D], full.index(slot), ring.index(slot))
         else:
-            _start_copy(ring, i, source, keys, place, kv, HKV, D, MODE)
+            _start_copy(ring, i, source, keys, place, kv, HKV, D, MODE, False)
             async_copy.commit_group()
             async_copy.wait_group(0)
             fence_async_shared()
@@ -285,9 +305,18 @@ def _feed(tensors, k_rows, v_rows, place, rings, bars, kv, HKV: gl.constexpr, D:
     """Copy what every step reads."""
     _, k, v, keys, _ = tensors
     k_full, v_full, k_free, v_free = bars
+    if MODE == LISTED:
+        now = _listed(keys, 0, place, D)
+    else:
+        now = keys
     for i in range(0, gl.maximum((place[5] - place[4] + STEP - 1) // STEP, 1)):
-        _fill_slot(rings[0], k_full, k_free, i, k, k_rows, keys, place, kv, HKV, D, MODE, PLAN)
-        _fill_slot(rings[1], v_full, v_free, i, v, v_rows, keys, place, kv, HKV, D, MODE, PLAN)
+        if MODE == LISTED:
+            ahead = _listed(keys, i + 1, place, D)
+        else:
+            ahead = now
+        _fill_slot(rings[0], k_full, k_free, i, k, k_rows, now, place, kv, HKV, D, MODE, PLAN)
+        _fill_slot(rings[1], v_full, v_free, i, v, v_rows, now, place, kv, HKV, D, MODE, PLAN)
+        now = ahead
 
 
 @gluon.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["stops"])
