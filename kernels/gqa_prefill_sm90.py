@@ -3,13 +3,12 @@
     step i      S = Q K(i)^T starts | O += P V(i-1) starts | softmax of S | O is rescaled, P = the new weights
 
 so the tensor cores always have a product to do while a softmax runs. A block's 128 rows (queries x heads of a kv head) are those of two
-warpgroups, which hold Q, S, P and O in registers and read K and V, 128 keys a step, from two rings in shared memory.
+warpgroups, which hold Q, S, P and O in registers and read K and V, 128 keys a step, from two rings in shared memory. Each goes at its own
+pace; a third warpgroup copies, and barriers say which slots of the rings are full and which are free. Neighbouring keys are copied by the
+TMA, but for a context's last ones, past which nothing is read; listed ones by threads.
 
-    JOINT   both take a step together and copy between their products
-    SPLIT   each goes at its own pace and a third one copies; barriers say which slots of the rings are full and which are free
-    BULK    as SPLIT, but neighbouring keys are copied by the TMA; nothing past a context's end is read, so a last step is copied as there
-
-Either way a row meets its keys in the same order, and its bits are the same.
+Either way a row meets its keys in the same order, and its bits are the same. One step for both warpgroups, copied by themselves, took 1.3
+times as long (480 TF for 645 of dense tiles on an H200).
 """
 
 import torch
@@ -30,8 +29,6 @@ from winnow.kernels.mla_decode_sm90 import _barrier, _copy
 
 STEP = gl.constexpr(128)  # keys
 SLOTS = gl.constexpr(3)  # of a ring
-CAUSAL, WHOLE, LISTED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # keys: see `launch`
-JOINT, SPLIT, BULK = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # schedules
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 _bulk_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton 3.9, 3.6
 
@@ -54,18 +51,14 @@ def _listed(keys, i, place, D: gl.constexpr):
 
 
 @gluon.jit
-def _start_copy(ring, i, source, keys, place, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, READ: gl.constexpr):  # fmt: skip
-    """Begin to copy the keys of step i to their slot; zeros where there are none. READ: keys is `_listed` of the step."""
+def _start_copy(ring, i, source, keys, place, kv, HKV: gl.constexpr, D: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
+    """Begin to copy the keys of step i to their slot; zeros where there are none. keys: `_listed` of the step, where they are."""
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
-    _, _, origin, limit, start, stop = place
+    _, _, origin, limit, _, _ = place
     n = gl.arange(0, STEP, layout=gl.SliceLayout(1, COPY))
     cols = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, COPY)), 0)
-    if MODE == LISTED:
-        entry = start + i * STEP
-        if READ:
-            key = gl.convert_layout(keys, gl.SliceLayout(1, COPY))  # within a warp
-        else:
-            key = gl.load(keys + entry + n, mask=n < stop - entry, other=-1)
+    if LISTED:
+        key = gl.convert_layout(keys, gl.SliceLayout(1, COPY))  # within a warp
         at = gl.expand_dims(source + key.to(gl.int64) * (HKV * D) + kv * D, 1) + cols
         there = key >= 0
     else:
@@ -76,9 +69,9 @@ def _start_copy(ring, i, source, keys, place, kv, HKV: gl.constexpr, D: gl.const
 
 
 @gluon.jit
-def _wait_full(full, i, PLAN: gl.constexpr):
+def _wait_full(full, i, LISTED: gl.constexpr):
     mbarrier.wait(full.index(i % SLOTS), (i // SLOTS) & 1)
-    if PLAN == SPLIT:
+    if LISTED:
         fence_async_shared()  # copies write as threads do, products read as the TMA does
 
 
@@ -89,10 +82,10 @@ def _scores(query, ring, i, S: gl.constexpr):
 
 
 @gluon.jit
-def _words(bits, i, place, member, PACK: gl.constexpr, MODE: gl.constexpr):
+def _words(bits, i, place, member, PACK: gl.constexpr, LISTED: gl.constexpr):
     """The four words of each row in step i, 0 past the stop. Nothing where keys are chosen by their places."""
     _, _, _, _, start, stop = place
-    if MODE == CAUSAL:
+    if not LISTED:
         return member, member, member, member
     SIZE: gl.constexpr = 128 // PACK
     entry = start + i * STEP
@@ -112,12 +105,12 @@ def _if(ASK: gl.constexpr, score, x, y):
 
 
 @gluon.jit
-def _soften(score, top, total, scale_log2, words, first, row, MODE: gl.constexpr, MASK: gl.constexpr):
+def _soften(score, top, total, scale_log2, words, first, row, LISTED: gl.constexpr, MASK: gl.constexpr):
     """(weights, what earlier ones shrink by, top, total) of a step whose first key is `first`. top: of the scores times scale_log2."""
     if MASK:
         n = gl.expand_dims(gl.arange(0, STEP, layout=gl.SliceLayout(0, score.type.layout)), 0)
         # By hand, because LLVM gathers the answers of a plain `where` in words and takes them apart again.
-        if MODE == CAUSAL:
+        if not LISTED:
             score = _if("setp.le.s32 p, $2, $3;", score, first + n, gl.expand_dims(row, 1))
         else:
             lower = gl.where(n < 32, gl.expand_dims(words[0], 1), gl.expand_dims(words[1], 1))
@@ -155,40 +148,25 @@ def _add_values(acc, pairs, ring, i, KIND: gl.constexpr):
 @gluon.jit
 def _step(
     i, top, total, acc, pairs, query, member, row, tensors, place, rings, bars, kv, scale_log2,
-    HKV: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, MASK: gl.constexpr, PLAN: gl.constexpr,
+    HKV: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, LISTED: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """S(i) and its softmax beside the product of the weights of step i - 1 and their values."""
-    _, k, v, keys, bits = tensors
+    _, _, v, _, bits = tensors
     k_ring, v_ring = rings
     k_full, v_full, k_free, v_free = bars
     S: gl.constexpr = row.type.layout.parent
-    if PLAN != JOINT:
-        _wait_full(k_full, i, PLAN)
-        score = _scores(query, k_ring, i, S)
-        _wait_full(v_full, i - 1, PLAN)
-        acc = _add_values(acc, pairs, v_ring, i - 1, v.dtype.element_ty)
-    else:
-        async_copy.wait_group(1)
-        fence_async_shared()
-        _barrier()  # K(i) and V(i - 1) are there for all warps, and all have done with K(i - 1) and V(i - 2)
-        score = _scores(query, k_ring, i, S)
-        acc = _add_values(acc, pairs, v_ring, i - 1, v.dtype.element_ty)
-        _start_copy(k_ring, i + 2, k, keys, place, kv, HKV, D, MODE, False)
-        _start_copy(v_ring, i + 1, v, keys, place, kv, HKV, D, MODE, False)
-        async_copy.commit_group()
-    words = _words(bits, i, place, member, PACK, MODE)
+    _wait_full(k_full, i, LISTED)
+    score = _scores(query, k_ring, i, S)
+    _wait_full(v_full, i - 1, LISTED)
+    acc = _add_values(acc, pairs, v_ring, i - 1, v.dtype.element_ty)
+    words = _words(bits, i, place, member, PACK, LISTED)
     score = warpgroup_mma_wait(1, deps=[score])
-    if PLAN != JOINT:
-        mbarrier.arrive(k_free.index(i % SLOTS))
-    weight, shrink, top, total = _soften(score, top, total, scale_log2, words, place[2] + i * STEP, row, MODE, MASK)
+    mbarrier.arrive(k_free.index(i % SLOTS))
+    weight, shrink, top, total = _soften(score, top, total, scale_log2, words, place[2] + i * STEP, row, LISTED, MASK)
     # Waits for what is there: ptxas would move the wait for the product above the softmax, but moves nothing across a branch.
-    if PLAN != JOINT:
-        mbarrier.wait(v_full.index((i - 1) % SLOTS), ((i - 1) // SLOTS) & 1)
-    else:
-        mbarrier.wait(k_full.index(0), 0)
+    mbarrier.wait(v_full.index((i - 1) % SLOTS), ((i - 1) // SLOTS) & 1)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    if PLAN != JOINT:
-        mbarrier.arrive(v_free.index((i - 1) % SLOTS))
+    mbarrier.arrive(v_free.index((i - 1) % SLOTS))
     OUT: gl.constexpr = acc.type.layout
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
     return top, total, acc, _pack(weight, v.dtype.element_ty)
@@ -206,15 +184,15 @@ def _rows(place, kv, half, ROWS: gl.constexpr, LAYOUT: gl.constexpr, HKV: gl.con
 @gluon.jit
 def _attend(
     half, tensors, out, lse, place, rings, bars, kv, scale_log2,
-    HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, PLAN: gl.constexpr,
+    HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
-    """The rows of one warpgroup where SPLIT, of both elsewhere."""
+    """The rows of one warpgroup, the first or the second half."""
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = 16 * WARPS
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, STEP, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, D, 16])
     Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    q, k, v, keys, bits = tensors
+    q, _, v, _, bits = tensors
     _, num, origin, limit, start, stop = place
     k_ring, v_ring = rings
     k_full, v_full, k_free, _ = bars
@@ -225,46 +203,29 @@ def _attend(
     member, at, inside = _rows(place, kv, half, ROWS, gl.SliceLayout(1, S), HKV, GROUP, PACK)
     row = limit - num + member  # of the query's own key
     steps = gl.maximum((stop - start + STEP - 1) // STEP, 1)
-    if PLAN != JOINT:
-        _wait_full(k_full, 0, PLAN)
-    else:
-        _start_copy(k_ring, 0, k, keys, place, kv, HKV, D, MODE, False)
-        async_copy.commit_group()
-        for i in gl.static_range(2):
-            _start_copy(k_ring, i + 1, k, keys, place, kv, HKV, D, MODE, False)
-            _start_copy(v_ring, i, v, keys, place, kv, HKV, D, MODE, False)
-            async_copy.commit_group()
-        async_copy.wait_group(2)
-        fence_async_shared()
-        _barrier()
+    _wait_full(k_full, 0, LISTED)
     score = _scores(query, k_ring, 0, S)
-    words = _words(bits, 0, place, member, PACK, MODE)
+    words = _words(bits, 0, place, member, PACK, LISTED)
     score = warpgroup_mma_wait(0, deps=[score])
-    if PLAN != JOINT:
-        mbarrier.arrive(k_free.index(0))
+    mbarrier.arrive(k_free.index(0))
     top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
-    weight, _, top, total = _soften(score, top, 0.0, scale_log2, words, origin, row, MODE, True)
+    weight, _, top, total = _soften(score, top, 0.0, scale_log2, words, origin, row, LISTED, True)
     pairs = _pack(weight, v.dtype.element_ty)
     acc = gl.zeros([ROWS, D], gl.float32, layout=OUT)
     masked = 1
-    if MODE == CAUSAL:  # the steps whose keys all rows see come first
+    if not LISTED:  # the steps whose keys all rows see come first
         masked = gl.minimum(gl.maximum((limit - num + half * ROWS // PACK + 1 - origin) // STEP, 1), steps)
         for i in range(1, masked):
             top, total, acc, pairs = _step(
                 i, top, total, acc, pairs, query, member, row, tensors, place, rings, bars, kv, scale_log2,
-                HKV, PACK, D, MODE, False, PLAN,
+                HKV, PACK, D, LISTED, False,
             )  # fmt: skip
     for i in range(masked, steps):
         top, total, acc, pairs = _step(
             i, top, total, acc, pairs, query, member, row, tensors, place, rings, bars, kv, scale_log2,
-            HKV, PACK, D, MODE, True, PLAN,
+            HKV, PACK, D, LISTED, True,
         )  # fmt: skip
-    if PLAN != JOINT:
-        _wait_full(v_full, steps - 1, PLAN)
-    else:
-        async_copy.wait_group(0)
-        fence_async_shared()
-        _barrier()
+    _wait_full(v_full, steps - 1, LISTED)
     acc = _add_values(acc, pairs, v_ring, steps - 1, v.dtype.element_ty)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
@@ -279,12 +240,12 @@ def _attend(
 
 
 @gluon.jit
-def _fill_slot(ring, full, free, i, source, rows, keys, place, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, PLAN: gl.constexpr):  # fmt: skip
+def _fill_slot(ring, full, free, i, source, rows, keys, place, kv, HKV: gl.constexpr, D: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
     """Copy the keys (or values) of step i, once their slot is free. rows: of a descriptor, where there is one."""
     slot = i % SLOTS
     mbarrier.wait(free.index(slot), ((i // SLOTS) & 1) ^ 1)  # its first use waits for nothing
-    if PLAN == SPLIT:
-        _start_copy(ring, i, source, keys, place, kv, HKV, D, MODE, MODE == LISTED)
+    if LISTED:
+        _start_copy(ring, i, source, keys, place, kv, HKV, D, LISTED)
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
     else:
         key = place[2] + i * STEP
@@ -292,7 +253,7 @@ def _fill_slot(ring, full, free, i, source, rows, keys, place, kv, HKV: gl.const
             mbarrier.expect(full.index(slot), 2 * STEP * D)
             _bulk_copy(rows, [key, kv * D], full.index(slot), ring.index(slot))
         else:
-            _start_copy(ring, i, source, keys, place, kv, HKV, D, MODE, False)
+            _start_copy(ring, i, source, keys, place, kv, HKV, D, LISTED)
             async_copy.commit_group()
             async_copy.wait_group(0)
             fence_async_shared()
@@ -301,28 +262,28 @@ def _fill_slot(ring, full, free, i, source, rows, keys, place, kv, HKV: gl.const
 
 
 @gluon.jit
-def _feed(tensors, k_rows, v_rows, place, rings, bars, kv, HKV: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, PLAN: gl.constexpr):  # fmt: skip
+def _feed(tensors, k_rows, v_rows, place, rings, bars, kv, HKV: gl.constexpr, D: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
     """Copy what every step reads."""
     _, k, v, keys, _ = tensors
     k_full, v_full, k_free, v_free = bars
-    if MODE == LISTED:
+    if LISTED:
         now = _listed(keys, 0, place, D)
     else:
         now = keys
     for i in range(0, gl.maximum((place[5] - place[4] + STEP - 1) // STEP, 1)):
-        if MODE == LISTED:
+        if LISTED:
             ahead = _listed(keys, i + 1, place, D)
         else:
             ahead = now
-        _fill_slot(rings[0], k_full, k_free, i, k, k_rows, now, place, kv, HKV, D, MODE, PLAN)
-        _fill_slot(rings[1], v_full, v_free, i, v, v_rows, now, place, kv, HKV, D, MODE, PLAN)
+        _fill_slot(rings[0], k_full, k_free, i, k, k_rows, now, place, kv, HKV, D, LISTED)
+        _fill_slot(rings[1], v_full, v_free, i, v, v_rows, now, place, kv, HKV, D, LISTED)
         now = ahead
 
 
 @gluon.jit(do_not_specialize=["begin", "blocks"], do_not_specialize_on_alignment=["stops"])
 def _gqa_prefill_sm90(
     q, k, v, k_rows, v_rows, out, lse, keys, bits, offsets, stops, first, rows, origin, shift, begin, blocks, scale_log2,
-    HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, MODE: gl.constexpr, PLAN: gl.constexpr,
+    HKV: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     kv, block = gl.program_id(0) % HKV, blocks - 1 - gl.program_id(0) // HKV  # the longest lists first
@@ -338,48 +299,39 @@ def _gqa_prefill_sm90(
     k_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     rings, bars = (k_ring, v_ring), (k_full, v_full, k_free, v_free)
-    if PLAN != JOINT:
-        for slot in gl.static_range(SLOTS):
-            # Full when all threads that copy have done so, or the TMA; free when both warpgroups have read.
-            mbarrier.init(k_full.index(slot), 128 if PLAN == SPLIT else 1)
-            mbarrier.init(v_full.index(slot), 128 if PLAN == SPLIT else 1)
-            mbarrier.init(k_free.index(slot), 2)
-            mbarrier.init(v_free.index(slot), 2)
-        gl.warp_specialize(
-            [
-                (_attend, (0, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, PLAN)),
-                (_attend, (1, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, PLAN)),
-                (_feed, (tensors, k_rows, v_rows, place, rings, bars, kv, HKV, D, MODE, PLAN)),
-            ],
-            [4, 4],
-            [232, 40] if PLAN == SPLIT else [240, 24],
-        )
-    else:
-        mbarrier.init(k_full.index(0), 1)
-        mbarrier.arrive(k_full.index(0))
-        _attend(0, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, MODE, PLAN)
+    for slot in gl.static_range(SLOTS):
+        # Full when the TMA has copied, or all threads have; free when both warpgroups have read.
+        mbarrier.init(k_full.index(slot), 128 if LISTED else 1)
+        mbarrier.init(v_full.index(slot), 128 if LISTED else 1)
+        mbarrier.init(k_free.index(slot), 2)
+        mbarrier.init(v_free.index(slot), 2)
+    gl.warp_specialize(
+        [
+            (_attend, (0, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, LISTED)),
+            (_attend, (1, tensors, out, lse, place, rings, bars, kv, scale_log2, HKV, GROUP, PACK, D, LISTED)),
+            (_feed, (tensors, k_rows, v_rows, place, rings, bars, kv, HKV, D, LISTED)),
+        ],
+        [4, 4],
+        [232, 40] if LISTED else [240, 24],
+    )
 
 
-def launch(q, k, v, out, lse, lists, scale, plan=BULK):
+def launch(q, k, v, out, lse, lists, scale):
     """Fill out and lse for the queries of one piece, all contiguous: the arguments of `sparse_prefill.forward_piece`.
 
-    Keys of a block are CAUSAL where its list has no bits, WHOLE where it has them and lies at the block's origin, LISTED elsewhere.
+    Lists without bits hold every key up to the query; they are not read.
     """
     kv_heads, dim = k.shape[1:]
     group, blocks, host = q.shape[1] // kv_heads, lists.end - lists.begin, lists.blocks
     if not blocks:
         return
-    mode, bits = (CAUSAL, lists.keys) if lists.bits is None else (WHOLE if lists.fixed else LISTED, lists.bits)
-    if plan == BULK and mode == LISTED:
-        plan = SPLIT
-    rows = [None, None]
-    if plan == BULK:
+    listed, rows = lists.bits is not None, [None, None]
+    if not listed:
         rows = [TensorDescriptor.from_tensor(x.view(len(x), -1), [STEP.value, dim], TILE.value) for x in (k, v)]
     _gqa_prefill_sm90[(blocks * kv_heads,)](
-        q, k, v, *rows, out, lse, lists.keys, bits, lists.offsets, lists.stops, host.first, host.rows, host.origin, host.shift, lists.begin,
-        blocks, scale * 1.4426950408889634,
-        HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, MODE=mode.value, PLAN=plan.value,
-        num_warps=8 if plan == JOINT else 4, enable_fp_fusion=True,
+        q, k, v, *rows, out, lse, lists.keys, lists.bits if listed else lists.keys, lists.offsets, lists.stops, host.first, host.rows,
+        host.origin, host.shift, lists.begin, blocks, scale * 1.4426950408889634,
+        HKV=kv_heads, GROUP=group, PACK=triton.next_power_of_2(group), D=dim, LISTED=listed, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from winnow.kernels.key_lists import UNIT, Lists, keep_small, key_lists, query_blocks
+from winnow.kernels.key_lists import UNIT, WHOLE, Lists, keep_small, key_lists, query_blocks
 from winnow.kernels.selection import Selection
 
 LOG2E = 1.4426950408889634
@@ -153,7 +153,9 @@ def forward_piece(
     group = q.shape[1] // kv_heads
     blocks = lists.end - lists.begin
     host = lists.blocks
-    if plan[1] == UNIT and capability(q.device) // 10 == 9:
+    if (
+        host.longest > WHOLE and plan[1] == UNIT and capability(q.device) // 10 == 9
+    ):  # tiles of short contexts are soon done
         from winnow.kernels import gqa_prefill_sm90  # Gluon
 
         if gqa_prefill_sm90.fits(q, k, host.size, scale):

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from winnow.kernels.packing import known  # noqa: E402
 from winnow.kernels.segments import add_rows  # noqa: E402
 from winnow.kernels.selection import Selection, window_selection  # noqa: E402
 from winnow.kernels.sparse_backward import sparse_attention, sparse_backward  # noqa: E402
-from winnow.kernels.sparse_prefill import plan_for, sparse_prefill  # noqa: E402
+from winnow.kernels.sparse_prefill import context_prefill, plan_for, sparse_prefill  # noqa: E402
 from winnow.kernels.torch_attention import paged_context_attention  # noqa: E402
 from winnow.kernels.torch_indexer import packed_selection  # noqa: E402
 
@@ -132,6 +132,37 @@ def test_sparse_attention(lengths, heads, kv_heads, dim, k):
     if sets is not None:
         empty = (sets.counts == 0).to(DEV)
         assert bool((got[empty] == 0).all()) and bool(got_lse[empty].isinf().all())
+
+
+@pytest.mark.parametrize("k", [None, 32, 200])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 128), (8, 1, 64), (2, 2, 128)] if GPU else [(3, 1, 16)]
+)
+def test_the_last_queries_of_long_contexts(heads, kv_heads, dim, k, monkeypatch):
+    """Contexts past `WHOLE`, of which a chunk of queries is there: of k - 1 .. k + 1 keys, of one tile and one key more. Between the contexts,
+    and before and after them, lies NaN, which nobody may read."""
+    lengths = (600, 1, 1100, 515, 128, 129, 199, 200, 201) if GPU else (70, 1, 64, 65, 33)
+    chunks = [min(n, 1 + (37 * i) % 150) for i, n in enumerate(lengths, 3)]
+    monkeypatch.setattr("winnow.kernels.key_lists.WHOLE", 0 if not GPU else WHOLE)
+    room = [n + 3 for n in lengths]
+    starts = [3 + sum(room[:i]) for i in range(len(lengths))]
+    total = sum(room) + 3
+    sets = None if k is None else random_sets(lengths, k, 5)
+    q = randn(sum(lengths), heads, dim, seed=1)
+    kv = [randn(sum(lengths), kv_heads, dim, seed=s) for s in (2, 3)]
+    want, want_lse = ref.sparse_attention(*leaves(q, *kv)[0], bounds(lengths), sets, 0.3)
+    there = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+    spread = [torch.full((total, kv_heads, dim), torch.nan, dtype=x.dtype).index_copy_(0, there, x) for x in kv]
+    ends = list(accumulate(lengths))
+    last = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, chunks, strict=True)])
+    part = None if sets is None else device(Selection(sets.indices[last], sets.counts[last]))
+    given = [x.to(DEV, DTYPE) for x in (q[last], *spread)]
+    keys = tuple(zip(starts, lengths, strict=True))
+    got, lse = context_prefill(*given, device(bounds(chunks)), keys, part, 0.3)
+    close("out", got, want[last])
+    check_lse(lse, want_lse[last])
+    again = context_prefill(*given, device(bounds(chunks)), keys, part, 0.3)
+    assert torch.equal(got, again[0]) and torch.equal(lse, again[1])
 
 
 def test_no_tokens_and_empty_sequences():

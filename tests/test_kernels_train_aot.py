@@ -110,13 +110,11 @@ def gluon_attention_kernels(sm):
 
     types = dict.fromkeys(("q", "k", "v", "out"), BF16) | dict(lse=FP32, begin="i32", blocks="i32", scale_log2="fp32")
     types |= dict.fromkeys(("keys", "bits", "offsets", "stops", "first", "rows", "origin", "shift"), I32)
-    cases = [("CAUSAL", "BULK", 128), ("WHOLE", "BULK", 64), ("LISTED", "SPLIT", 128), ("LISTED", "JOINT", 128)]
-    for mode, plan, dim in cases:
+    for listed, dim in ((False, 128), (False, 64), (True, 128), (True, 64)):
         rows = dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<bf16[128, {dim}],{gluon.TILE.value!r}>")
-        bulk = plan == "BULK"
-        yield f"gqa prefill {mode} {plan} D {dim}", gluon._gqa_prefill_sm90, types | (rows if bulk else {}), {
-            "HKV": 8, "GROUP": 3, "PACK": 4, "D": dim, "MODE": getattr(gluon, mode).value, "PLAN": getattr(gluon, plan).value,
-        } | ({} if bulk else dict.fromkeys(rows)), 8 if plan == "JOINT" else 4, 1  # fmt: skip
+        yield f"gqa prefill {dim} listed={listed}", gluon._gqa_prefill_sm90, types | ({} if listed else rows), {
+            "HKV": 8, "GROUP": 3, "PACK": 4, "D": dim, "LISTED": listed,
+        } | (dict.fromkeys(rows) if listed else {}), 4, 1  # fmt: skip
 
 
 def mla_kernels(sm):
