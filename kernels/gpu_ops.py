@@ -17,7 +17,7 @@ from torch import Tensor
 
 from winnow.kernels.branch import Branch
 from winnow.kernels.packing import longest, on_host
-from winnow.kernels.selection import Selection, window_selection
+from winnow.kernels.selection import Selection
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCORE_BUDGET = 1 << 27  # fp32 scores of one piece of a prefill: 512 MiB, and 1 GiB of candidates
@@ -191,27 +191,32 @@ def select_paged(
 
 
 def select_rows(
-    q: Tensor, cache: Tensor, w: Tensor, bounds: Sequence[int], tables: Tensor, contexts: Sequence[int], positions: Tensor, top_k: int
+    q: Tensor, cache: Tensor, w: Tensor, bounds: Sequence[int], tables: Tensor, contexts: Sequence[int], positions: Tensor, top_k: int,
+    faults: Tensor | None = None,
 ) -> Selection:  # fmt: skip
     """Causal top-k of packed queries: those of sequence i are rows bounds[i] .. bounds[i + 1] and the last of contexts[i] positions.
 
     cache [pages, page, D_I], tables int32 [n, max_pages]; positions [T]. Rows at t < top_k keep every position.
     """
-    bad = torch.zeros(1, dtype=torch.int32, device=q.device)
+    bad = torch.zeros(1, dtype=torch.int32, device=q.device) if faults is None else faults
     rows = _Rows(q, w.float(), positions, top_k, bad)
     for i, keys in enumerate(contexts):
         rows.choose(bounds[i], bounds[i + 1], cache, tables[i], keys)
-    _raise_if(bad)
+    if faults is None:
+        _raise_if(bad)
     return rows.selection
 
 
 class _Rows:
-    """Queries whose sets are chosen sequence by sequence; before that they hold the last top_k positions. bad int32 [1]: 1 after a NaN."""
+    """Queries whose sets are chosen sequence by sequence; those at t < top_k keep every position. bad int32 [1]: 1 after a NaN."""
 
     def __init__(self, q: Tensor, w: Tensor, positions: Tensor, top_k: int, bad: Tensor):
+        from winnow.kernels.topk_rows import keep_all
+
         self.q, self.w, self.top_k, self.bad = q, w, top_k, bad
         self.ends = positions.to(torch.int32) + 1
-        self.selection = window_selection(positions, top_k)
+        self.selection = Selection(self.ends.new_empty(len(q), top_k), torch.empty_like(self.ends))
+        keep_all(self.ends, top_k, self.selection.indices, self.selection.counts)
 
     def choose(self, first: int, last: int, cache: Tensor, table: Tensor, keys: int) -> None:
         """Rows [first, last), the last of `keys` positions. Those that see at most top_k positions keep them all."""
@@ -235,15 +240,16 @@ def _raise_if(bad: Tensor) -> None:
 
 
 def select_prefill(
-    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int
+    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor, seq_lens: Tensor, top_k: int,
+    faults: Tensor | None = None,
 ) -> Selection:  # fmt: skip
     """As ops.select_prefill with the indexer."""
     from winnow.kernels.select_short import LONGEST
 
     bounds, contexts = on_host(cu_seqlens), on_host(seq_lens)
     if max(contexts, default=0) <= LONGEST and cache.dtype == q.dtype:
-        return select_short(q, cache, w, cu_seqlens, block_table, positions, top_k)
-    return select_rows(q, cache, w, bounds, block_table, contexts, positions, top_k)
+        return select_short(q, cache, w, cu_seqlens, block_table, positions, top_k, faults)
+    return select_rows(q, cache, w, bounds, block_table, contexts, positions, top_k, faults)
 
 
 @lru_cache(maxsize=16)
@@ -259,11 +265,18 @@ def _own_pages(bounds: tuple[int, ...], width: int, device: str) -> tuple[Tensor
 
 
 def select_short(
-    q: Tensor, cache: Tensor, w: Tensor, cu_seqlens: Tensor, tables: Tensor, positions: Tensor, top_k: int
+    q: Tensor,
+    cache: Tensor,
+    w: Tensor,
+    cu_seqlens: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    top_k: int,
+    faults: Tensor | None = None,
 ) -> Selection:
     """As `select_rows`, for any number of short contexts at the price of one."""
     owner = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(q)).to(torch.int32)
-    return _select_short(q, cache, w, tables, owner, positions.to(torch.int32) + 1, top_k, None)
+    return _select_short(q, cache, w, tables, owner, positions.to(torch.int32) + 1, top_k, faults)
 
 
 def _select_short(

@@ -28,9 +28,10 @@ from winnow.kernels.segments import key_order
 from winnow.kernels.selection import Selection
 
 UNIT = 64  # lists are padded to multiples of this, unless asked otherwise
-BITMAP_BYTES = 1 << 28  # of one piece
+BITMAP_BYTES = 9 << 25  # of one piece: 16K queries at 128K
 WHOLE = 512  # tokens of a context whose keys are all listed: the tiles that this adds cost less than the launches that it saves
 ROOMY = 3 << 20  # entries that a piece may have room for beyond what its lists need
+BARE_ROOMY = 36 << 20  # the same where lists are not kept, 12 bytes an entry
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def key_lists(
 ) -> Iterator[Lists]:  # fmt: skip
     """Lists of blocks [begin, end) in pieces; selection None lists every position up to the block's last query, without bits.
 
-    bare: lists of every position come without their keys, which a reader can count for itself. Waits for the device once a piece, to learn how long the lists are, where they may be longer than `ROOMY` entries.
+    bare: for who reads a list's keys up to its stop, and once: lists of every position come without their keys, which a reader can count
+    for itself, and the others have more room. Waits for the device once a piece, to learn how long the lists are, where they may be longer than `ROOMY` entries.
     """
     end = len(blocks) if end is None else end
     if selection is not None and blocks.longest <= WHOLE and _entries(blocks, begin, end, unit) <= ROOMY:
@@ -186,7 +188,7 @@ def key_lists(
         yield (
             _dense_piece(blocks, a, b, unit, bare)
             if selection is None
-            else _sparse_piece(blocks, selection, a, b, words, unit)
+            else _sparse_piece(blocks, selection, a, b, words, unit, bare)
         )
 
 
@@ -259,7 +261,7 @@ def _whole_piece(blocks: Blocks, selection: Selection, a: int, b: int, unit: int
     return replace(every, bits=bits, fixed=True)
 
 
-def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: int, unit: int) -> Lists:
+def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: int, unit: int, bare: bool) -> Lists:
     device, indices = blocks.first.device, selection.indices
     first_row = blocks.host[0][a]
     num_rows = blocks.host[0][b - 1] + blocks.host[1][b - 1] - first_row
@@ -280,9 +282,11 @@ def _sparse_piece(blocks: Blocks, selection: Selection, a: int, b: int, words: i
         return *_places([min(count, rows * k) for count, rows in seen], unit, device), {}
 
     offsets, ends, shared = _kept(blocks, (a, b, unit, k), longest)
-    if ends[-1] <= ROOMY:
+    if ends[-1] <= (BARE_ROOMY if bare else ROOMY):
         stops = offsets[:-1] + (counts + unit - 1) // unit * unit
-        keys = torch.full((ends[-1],), -1, dtype=torch.int32, device=device)
+        keys = torch.empty(ends[-1], dtype=torch.int32, device=device)
+        if not bare:
+            keys.fill_(-1)
     else:
         (offsets, stops, ends), shared = _packed(counts, unit), None
         keys = torch.empty(ends[-1], dtype=torch.int32, device=device)

@@ -62,12 +62,12 @@ def select_packed(
 
 def select_prefill(
     q: Tensor | None, index_cache: Tensor | None, w: Tensor | None, cu_seqlens: Tensor, positions: Tensor, block_table: Tensor,
-    seq_lens: Tensor, top_k: int, selector: str = "indexer",
+    seq_lens: Tensor, top_k: int, selector: str = "indexer", faults: Tensor | None = None,
 ) -> Selection:  # fmt: skip
     """As `select_packed`, for packed queries at the end of paged contexts of seq_lens int32 [n] tokens (these included)."""
     if selector == "indexer" and gpu_ops.takes_index(q, index_cache, paged=True):
         assert q is not None and index_cache is not None and w is not None
-        return gpu_ops.select_prefill(q, index_cache, w, cu_seqlens, positions, block_table, seq_lens, top_k)
+        return gpu_ops.select_prefill(q, index_cache, w, cu_seqlens, positions, block_table, seq_lens, top_k, faults)
     return torch_indexer.paged_selection(
         q, index_cache, w, cu_seqlens, positions, block_table, seq_lens, top_k, selector
     )

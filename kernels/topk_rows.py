@@ -173,6 +173,27 @@ def _pick(
         ties, done = _write(target, key, place, threshold, ties, done, STEP, SOFT)
 
 
+@triton.jit(do_not_specialize=["k"])
+def _all(lengths, out, counts, k, out_stride, K_BLOCK: tl.constexpr):
+    """Every position, for rows of at most k."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + row)
+    if length > k:
+        return
+    for base in range(0, k, K_BLOCK):
+        slot = base + tl.arange(0, K_BLOCK)
+        tl.store(out + row * out_stride + slot, tl.where(slot < length, slot, -1), mask=slot < k)
+    tl.store(counts + row, length)
+
+
+def keep_all(lengths, k, out, counts):
+    """Rows of at most k positions keep them all: out int32 [rows, k], -1 tail, counts int32 [rows]; other rows are left alone."""
+    if len(lengths):
+        _all[(len(lengths),)](
+            lengths, out, counts, k, out.stride(0), K_BLOCK=min(2048, triton.next_power_of_2(k)), num_warps=4, enable_fp_fusion=True
+        )  # fmt: skip
+
+
 def suits(rows: int, width: int) -> bool:
     return rows >= ROWS and width > WIDTH
 

@@ -21,13 +21,16 @@ def hidden_states(model: Any, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         with torch.no_grad():
             return hidden_states(model, input_ids, ctx)
     if ctx.fused:
-        return inference_states(model, input_ids, ctx)
+        states = inference_states(model, input_ids, ctx)
+        if ctx.mode == "prefill":
+            ctx.check_faults()
+        return states
     decoder = model.get_decoder()
     # An open context is found by the layers themselves. FSDP's hooks would hand each layer a copy of one that is passed, and what the
     # layer notes in it (KL, sets) would be lost.
     passed = {} if open_context() is ctx else {"winnow": ctx}
     output = decoder(input_ids=input_ids[None], position_ids=ctx.positions[None], use_cache=False, **passed)
-    if ctx.mode == "train":
+    if ctx.mode != "decode":
         ctx.check_faults()
     return output.last_hidden_state[0]
 

@@ -106,7 +106,7 @@ class Layer:
             waiting = (ctx.scratch, ctx.faults, ctx.side)
             return ops.select_paged(q, pages, w, ctx.block_table, ctx.seq_lens, top_k, ctx.selector, *waiting)
         return ops.select_prefill(
-            q, pages, w, ctx.cu_seqlens, ctx.positions, ctx.block_table, ctx.seq_lens, top_k, ctx.selector
+            q, pages, w, ctx.cu_seqlens, ctx.positions, ctx.block_table, ctx.seq_lens, top_k, ctx.selector, ctx.faults
         )
 
     def _record(self, selection: Selection | None) -> None:

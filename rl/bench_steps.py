@@ -110,7 +110,7 @@ def fill(engine: Any) -> None:
 
 
 @contextmanager
-def choosing(sets: Any | None) -> Iterator[None]:
+def choosing(sets: Any) -> Iterator[None]:
     """Selections of one sequence are made as ever, and paid for, but attention gets those of `sets` (None: the ones made)."""
     from winnow.kernels import ops
     from winnow.kernels.selection import Selection

@@ -116,6 +116,7 @@ class Forward:
             experts_out=chosen,
             max_seq_len=int(lengths.max()),
             fresh=mode == "prefill" and bool((np.diff(offsets) == lengths).all()),
+            faults=torch.zeros(1, dtype=torch.int32, device=self.device) if mode == "prefill" and self.fused else None,
             fused=self.fused,
             exact=self.exact and self.fused,
         )
