@@ -134,18 +134,20 @@ def choosing(sets: Any) -> Iterator[None]:
 
 
 def prefill_rows(shape: str, device: str, lengths: Sequence[int], note: Note) -> None:
-    model = build_model(shape, device)
-    for length in lengths:
-        for engine in ("sparse", "local sets", "dense"):
-            sets = (
-                local_sets(length, top_k=model.config.winnow["top_k"], device=device)
-                if engine == "local sets"
-                else None
+    """Per length: sparse, dense, IndexShare 1:4 (shared), and the sparse ones with sets of a trained indexer's locality (local)."""
+    for shared in (False, True):
+        model = build_model(shape, device, shared)
+        for length in lengths:
+            local = local_sets(length, top_k=model.config.winnow["top_k"], device=device)
+            rows = (
+                {"shared": None, "shared local": local} if shared else {"sparse": None, "local": local, "dense": None}
             )
-            with choosing(sets):
-                times = prefill_times(model, length, "dense" if engine == "dense" else "indexer")
-            best = statistics.median(times[1:])
-            note({"engine": engine, "row": f"prefill 1x{length}", "s": round(best, 4), "first_s": round(times[0], 3), "tokens_per_s": round(length / best, 1)})  # fmt: skip
+            for engine, sets in rows.items():
+                with choosing(sets):
+                    times = prefill_times(model, length, "dense" if engine == "dense" else "indexer")
+                best = statistics.median(times[1:])
+                note({"engine": engine, "row": f"prefill 1x{length}", "s": round(best, 4), "first_s": round(times[0], 3), "tokens_per_s": round(length / best, 1)})  # fmt: skip
+        del model
 
 
 def prefill_times(model: Any, length: int, selector: str) -> list[float]:

@@ -45,7 +45,8 @@ def test_the_suite_measures_what_its_rows_say(capsys):
         ("shared", "decode 3x96")
     ]
     assert names[5:] == [
-        *[(e, f"prefill 1x{n}") for n in (96, 130) for e in ("sparse", "local sets", "dense")],
+        *[(e, f"prefill 1x{n}") for n in (96, 130) for e in ("sparse", "local", "dense")],
+        *[(e, f"prefill 1x{n}") for n in (96, 130) for e in ("shared", "shared local")],
         ("sparse", "small 6x5"),
         ("fast", "parity"),
     ]
@@ -63,6 +64,8 @@ def test_ratios_divide_rows_of_one_name():
     ]
     assert ratios([*rows, {"engine": "vllm", "row": "x", "failed": "?"}]) == {
         "sparse / vllm, decode 2x8": 3.0,
+        "shared / vllm, decode 2x8": 6.0,
+        "exact / vllm, decode 2x8": 2.7,
         "shared / own indexers, decode 2x8": 2.0,
         "exact / fast, decode 2x8": 0.9,
     }
