@@ -158,6 +158,11 @@ def _pick(
         done += (both & 0xFFFFFFFF).to(tl.int32)
         same += (both >> 32).to(tl.int32)
     if total <= k:
+        for base in range(
+            done + tl.minimum(same, ties), k, K_BLOCK
+        ):  # of scores that are NaN there are neither: no place goes unwritten
+            slot = base + tl.arange(0, K_BLOCK)
+            tl.store(target + slot, tl.full([K_BLOCK], -1, tl.int32), mask=slot < k)
         return
     tl.debug_barrier()
     for base in range(0, total, STEP):

@@ -265,6 +265,11 @@ def test_topk_of_many_rows_reports_nan(place):
         topk_rows(scores, ints([300] * 3), k, out, counts, bad)
         assert int(bad) == 1
         assert torch.equal(out[0], ref.topk(scores[:1], ints([300]), k)[0][0])  # other rows have their sets
+    scores[1] = float("nan")
+    out.fill_(-7)
+    topk_rows(scores, ints([300] * 3), 400, out, counts, bad)
+    topk_rows(scores, ints([300] * 3), 16, out[:, :16], counts, bad)
+    assert bool((out[1, :16] == -1).all()), "who reads the sets before the flag must find none, or a position"
 
 
 def test_topk_of_nothing():
