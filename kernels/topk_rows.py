@@ -158,9 +158,8 @@ def _pick(
         done += (both & 0xFFFFFFFF).to(tl.int32)
         same += (both >> 32).to(tl.int32)
     if total <= k:
-        for base in range(
-            done + tl.minimum(same, ties), k, K_BLOCK
-        ):  # of scores that are NaN there are neither: no place goes unwritten
+        # Scores that are NaN are neither above nor equal: no place goes unwritten.
+        for base in range(done + tl.minimum(same, ties), k, K_BLOCK):
             slot = base + tl.arange(0, K_BLOCK)
             tl.store(target + slot, tl.full([K_BLOCK], -1, tl.int32), mask=slot < k)
         return
@@ -200,6 +199,7 @@ def keep_all(lengths, k, out, counts):
 
 
 def suits(rows: int, width: int) -> bool:
+    """Whether rows are many and long enough."""
     return rows >= ROWS and width > WIDTH
 
 
