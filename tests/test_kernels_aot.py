@@ -246,12 +246,23 @@ def main(sm, only=""):
                         f.write(data if isinstance(data, bytes) else data.encode())
 
 
-@pytest.mark.parametrize("sm", SHARED)
-def test_compiles(sm):
+@pytest.fixture(scope="module")
+def compilers():
+    """A process for every chip, all at once: they mostly wait for nobody but a core."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__, str(sm)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = {sm: subprocess.Popen([sys.executable, __file__, str(sm)], env=environment, **pipes) for sm in SHARED}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("sm", SHARED)
+def test_compiles(sm, compilers):
+    said = compilers[sm].communicate(timeout=170)[1]
+    assert compilers[sm].returncode == 0, said[-2000:]
 
 
 if __name__ == "__main__":

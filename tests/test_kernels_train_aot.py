@@ -110,7 +110,7 @@ def gluon_attention_kernels(sm):
 
     types = dict.fromkeys(("q", "k", "v", "out"), BF16) | dict(lse=FP32, begin="i32", blocks="i32", scale_log2="fp32")
     types |= dict.fromkeys(("keys", "bits", "offsets", "stops", "first", "rows", "origin", "shift"), I32)
-    for listed, dim in ((False, 128), (False, 64), (True, 128), (True, 64)):
+    for listed, dim in ((False, 128), (True, 128), (True, 64)):
         rows = dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<bf16[128, {dim}],{gluon.TILE.value!r}>")
         yield f"gqa prefill {dim} listed={listed}", gluon._gqa_prefill_sm90, types | ({} if listed else rows), {
             "HKV": 8, "GROUP": 3, "PACK": 4, "D": dim, "LISTED": listed,
@@ -238,12 +238,23 @@ def main(sm, only=""):
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("sm", SHARED)
-def test_compiles(sm):
+@pytest.fixture(scope="module")
+def compilers():
+    """A process for every chip, all at once: they mostly wait for nobody but a core."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__, str(sm)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = {sm: subprocess.Popen([sys.executable, __file__, str(sm)], env=environment, **pipes) for sm in SHARED}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("sm", SHARED)
+def test_compiles(sm, compilers):
+    said = compilers[sm].communicate(timeout=170)[1]
+    assert compilers[sm].returncode == 0, said[-2000:]
 
 
 if __name__ == "__main__":

@@ -198,11 +198,11 @@ def test_small_batches_have_pieces_of_their_own(monkeypatch, captures):
     model = make_model("llama")
     joined.join(model)
     graphed = Pieces(model, capture=captures)
-    for seed, lengths in enumerate([(80, 40), (9, 4), (60, 61), (1,), (16,)]):
+    for seed, lengths in enumerate([(40, 20), (5, 3), (30, 31), (1,), (8,)]):
         same(trained(graphed.states, model, lengths, seed), trained(hidden_states, model, lengths, seed))
-    assert graphed.capacity == 136 and graphed.captures == 1
-    assert graphed.smaller.capacity == 24 and graphed.smaller.captures == 1
-    assert graphed.smaller.smaller.capacity == 8, "one of 24 rows is less than an eighth"
+    assert graphed.capacity == 72 and graphed.captures == 1
+    assert graphed.smaller.capacity == 16 and graphed.smaller.captures == 1
+    assert graphed.smaller.smaller.capacity == 8, "one of 16 rows is less than an eighth"
     assert graphed.smaller.smaller.smaller is None, "there are no smaller ones than one step"
 
 
@@ -233,17 +233,17 @@ def test_a_run_that_goes_on_has_the_sizes_of_the_one_before(monkeypatch, capture
     model = make_model("llama")
     joined.join(model)
     first, second = (Pieces(model, capture=captures) for _ in range(2))
-    for lengths in ((60, 30), (8,), (90,)):
+    for lengths in ((24, 10), (4,), (34,)):
         trained(first.states, model, lengths)
-    assert first.sizes == [104, 16]
+    assert first.sizes == [40, 8]
     second.reserve(first.sizes)
     assert second.sizes == first.sizes and second.captures == 0
-    for lengths in ((100,), (5, 3), (20,)):  # 100 would ask for room beyond 104
+    for lengths in ((36,), (2, 1), (8,)):  # 36 would ask for room beyond 40
         same(trained(second.states, model, lengths), trained(first.states, model, lengths))
-        assert second.sizes == first.sizes == [104, 16]
+        assert second.sizes == first.sizes == [40, 8]
     assert second.captures == second.smaller.captures == 1
-    trained(second.states, model, (105,))
-    assert second.sizes == [120, 16], "a larger batch makes room as ever"
+    trained(second.states, model, (41,))
+    assert second.sizes == [48, 8], "a larger batch makes room as ever"
     with pytest.raises(AssertionError, match="have run already"):
         second.reserve([8])
 
