@@ -236,6 +236,7 @@ def _own_kernel(q):
         q.is_cuda
         and q.dtype == torch.bfloat16
         and q.shape[1] in (4, 8, 16)
+        and q.shape[2] in (32, 64, 128)
         and torch.cuda.get_device_capability(q.device)[0] == 9
     )
 

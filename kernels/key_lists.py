@@ -178,10 +178,8 @@ def key_lists(
         yield _whole_piece(blocks, selection, begin, end, unit, bare)
         return
     words = (blocks.longest + 31) // 32
-    if (
-        words >= 256
-    ):  # the rows of a block would fall on the same lines of the cache: at 4096 words a third of the speed
-        words += 9
+    if words >= 256:
+        words += 9  # or a block's rows fall on the same lines of the cache: at 4096 words a third of the speed
     step = max(1, bitmap_bytes // max(1, words * 4 * blocks.size))
     for a in range(begin, end, step):
         b = min(end, a + step)

@@ -4,6 +4,8 @@ Ray files in the home folder."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,20 @@ for name, value in {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="module")
+def compilers(request):
+    """The module run as a script for every chip of its SHARED, all at once: chip -> process, whose end and stderr say how it went."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    file, chips = request.module.__file__, request.module.SHARED
+    processes = {sm: subprocess.Popen([sys.executable, file, str(sm)], env=environment, **pipes) for sm in chips}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
 
 
 def feed_cached(model, parts, schedule, page=5, **options):

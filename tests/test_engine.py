@@ -1,5 +1,7 @@
 """The engine against a token-by-token recompute with the learner's own forward pass, far beyond k."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -321,3 +323,25 @@ def test_cache_pages():
     assert cache.num_free == 2
     with pytest.raises(AssertionError, match="freed twice"):
         cache.free(pages[:1])
+
+
+def test_a_score_noted_in_a_prefill_is_raised_before_its_pages_serve_anybody(monkeypatch):
+    """On a GPU nobody waits in a layer: the pass looks once, at its end. A decode step's flag is its graph's, read elsewhere."""
+    from winnow.models import forward
+    from winnow.models.context import ForwardContext
+
+    monkeypatch.setattr(forward, "inference_states", lambda model, ids, ctx: torch.zeros(len(ids), 4))
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    given = {
+        "positions": torch.arange(3),
+        "cu_seqlens": ends,
+        "seq_lens": ends[1:],
+        "block_table": ends,
+        "slot_mapping": ends,
+        "cache": ends,
+    }
+    for mode, value, heard in (("prefill", 1, True), ("prefill", 0, False), ("decode", 1, False)):
+        faults = torch.tensor([value], dtype=torch.int32)
+        ctx = ForwardContext(mode=mode, faults=faults, fused=True, **given)
+        with pytest.raises(ValueError, match="NaN") if heard else contextlib.nullcontext():
+            forward.hidden_states(None, torch.zeros(3, dtype=torch.int64), ctx)

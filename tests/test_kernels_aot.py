@@ -7,7 +7,6 @@ what each kernel uses.
 # ruff: noqa: C408
 import itertools
 import os
-import subprocess
 import sys
 
 import pytest
@@ -244,19 +243,6 @@ def main(sm, only=""):
                     data = built.asm[kind]
                     with open(f"{os.environ['DUMP']}/{name.replace(' ', '_')}.{sm}.{kind}", "wb") as f:
                         f.write(data if isinstance(data, bytes) else data.encode())
-
-
-@pytest.fixture(scope="module")
-def compilers():
-    """A process for every chip, all at once: they mostly wait for nobody but a core."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    processes = {sm: subprocess.Popen([sys.executable, __file__, str(sm)], env=environment, **pipes) for sm in SHARED}
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("sm", SHARED)

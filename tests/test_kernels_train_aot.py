@@ -5,7 +5,6 @@ Runs itself in a fresh process, as test_kernels_aot.py does. `python test_kernel
 
 # ruff: noqa: C408
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -236,19 +235,6 @@ def main(sm, only=""):
                 path = Path(os.environ["DUMP"]) / f"{name.replace(' ', '_')}.{sm}.{kind}"
                 path.write_bytes(data if isinstance(data, bytes) else data.encode())
     assert not failures, "\n".join(failures)
-
-
-@pytest.fixture(scope="module")
-def compilers():
-    """A process for every chip, all at once: they mostly wait for nobody but a core."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    processes = {sm: subprocess.Popen([sys.executable, __file__, str(sm)], env=environment, **pipes) for sm in SHARED}
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("sm", SHARED)

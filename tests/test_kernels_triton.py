@@ -233,7 +233,9 @@ def test_topk(width, k):
 
 
 @pytest.mark.parametrize(
-    "width,k", [(300, 32), (1501, 40), (8892, 64)] + ([(16384, 2048), (131072, 2048), (40003, 512)] if GPU else [])
+    "width,k",
+    [(300, 1), (300, 299), (300, 32), (1501, 40), (8892, 64)]
+    + ([(16384, 2048), (131072, 2048), (40003, 512)] if GPU else []),
 )
 def test_topk_of_many_rows(width, k):
     kinds = KINDS if GPU or width < 2000 else KINDS[:3]
@@ -533,13 +535,16 @@ def test_graph_replays_selection_and_attention():
     assert torch.equal(indices, select_decode(iq, cache, w, table, lens, k, 5000)[0])
 
 
-@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("way", ["short", "long", "many"])
 @pytest.mark.parametrize("heads,dim,page", [(4, 32, 16)] + ([(5, 64, 61)] if GPU else []))
-def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page, short, monkeypatch):
+def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page, way, monkeypatch):
     """Decode, chunked prefill and packed sequences through gpu_ops: the sets of torch_indexer, and of one another."""
-    if not short:
+    if way != "short":
         monkeypatch.setattr("winnow.kernels.select_short.LONGEST", 0)
         monkeypatch.setattr("winnow.kernels.select_short.DECODED", 0)
+    if way == "many":
+        monkeypatch.setattr("winnow.kernels.topk_rows.ROWS", 1)
+        monkeypatch.setattr("winnow.kernels.topk_rows.WIDTH", 0)
     lengths, queries, k = [70, 9, 33], [4, 9, 1], 16
     q, cache, w, table, _ = index_case(heads, dim, page, lengths, False)
     lens = ints(lengths)
@@ -567,6 +572,14 @@ def test_public_selections_keep_the_rule_of_the_torch_ones(heads, dim, page, sho
     want = torch_indexer.paged_selection(many_q, cache, many_w, bounds, positions, safe, lens, k, "indexer")
     assert torch.equal(got_prefill.indices, want.indices) and torch.equal(got_prefill.counts, want.counts)
     assert torch.equal(got_prefill.indices[-1], got.indices[2])
+    spoilt, faults = many_w.clone(), ints([0])
+    spoilt[3] = float(
+        "nan"
+    )  # noted: attention runs on these sets before anybody looks, so they hold positions or nothing
+    noted = gpu_ops.select_prefill(many_q, cache, spoilt, bounds, positions, table, lens, k, faults)
+    others = torch.arange(14, device=DEV) != 3
+    assert faults.tolist() == [1] and torch.equal(noted.indices[others], want.indices[others])
+    assert bool((noted.indices[3] >= -1).all()) and bool((noted.indices[3] <= positions[3]).all())
     keys, fresh = randn(14, dim, seed=13), torch.cat([torch.arange(m) for m in queries]).to(DEV)
     got = gpu_ops.select_packed(many_q, keys, many_w, bounds, fresh, 5)
     want = torch_indexer.packed_selection(many_q, keys, many_w, bounds, fresh, 5, "indexer")
